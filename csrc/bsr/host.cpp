@@ -1,0 +1,4 @@
+// The bsr kernels for one instruction set (see core/isa.h).
+#include "host.h"
+
+#include "../core/vec.h"

@@ -1,0 +1,4 @@
+// The sp24 kernels for one instruction set (see core/isa.h).
+#include "host.h"
+
+#include "../core/vec.h"
