@@ -1,0 +1,45 @@
+"""Lazy loading of the compiled modules, and the numbers by which they know torch's types."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+import torch
+
+# csrc/core/types.h has the same numbers.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(f"sparsekern.{name}"), None
+    except ImportError as error:
+        return None, str(error)
+
+
+def host() -> ModuleType:
+    """The compiled CPU module. Call only where `why_not_host()` is None."""
+    module, reason = _load("_host")
+    if module is None:
+        raise RuntimeError(f"sparsekern._host cannot be loaded: {reason}")
+    return module
+
+
+def why_not_host() -> str | None:
+    """Why the compiled CPU kernels are not available, or None where they are."""
+    module, reason = _load("_host")
+    if module is not None:
+        return None
+    return f"the compiled CPU module is missing (reinstall with a C++ compiler): {reason}"
+
+
+def why_not_cuda() -> str | None:
+    """Why the compiled GPU kernels are not available, or None where they are."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    module, reason = _load("_cuda")
+    return None if module is not None else f"the compiled GPU module is missing: {reason}"

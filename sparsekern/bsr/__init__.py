@@ -1,0 +1,4 @@
+"""The bsr format: layout, packer and backends."""
+
+from .layout import Bsr as Bsr
+from .pack import pack as pack

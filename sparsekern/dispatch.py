@@ -1,0 +1,49 @@
+"""Which backend runs a call, and why the others do not: explicit > tuned > heuristic.
+
+An explicit backend never falls back: it runs or raises with its reason. Without one, the first backend of the
+format's list for the device that can run the call is taken; the oracle can run every call and is last.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from .formats import FORMATS, backend_module
+from .layout import Layout
+
+BACKENDS = ("host", "cuda", "triton", "vendor", "ref")
+
+
+def backends(format: str, device_type: str) -> tuple[str, ...]:
+    """The backends of a format on a device type, in the order in which they are tried."""
+    return (*FORMATS[format].backends.get(device_type, ()), "ref")
+
+
+def why_not(backend: str, op: str, layout: Layout, x: Tensor) -> str | None:
+    """Why `backend` cannot run this call, or None where it can."""
+    if backend not in BACKENDS:
+        return f"there is no backend of this name; known: {', '.join(BACKENDS)}"
+    if backend not in backends(layout.format, x.device.type):
+        return f"format {layout.format} has no such backend on {x.device.type} tensors"
+    return backend_module(layout.format, backend).why_not(op, layout, x)
+
+
+def choose(op: str, layout: Layout, x: Tensor, backend: str | None = None) -> ModuleType:
+    """The backend module that runs `op` on this layout and these activations."""
+    if backend:
+        reason = why_not(backend, op, layout, x)
+        if reason is not None:
+            raise NotImplementedError(f"backend {backend!r} cannot run {layout.format}_{op}: {reason}")
+        return backend_module(layout.format, backend)
+    for name in FORMATS[layout.format].backends.get(x.device.type, ()):
+        module = backend_module(layout.format, name)
+        if module.why_not(op, layout, x) is None:
+            return module
+    return backend_module(layout.format, "ref")
+
+
+def explain(op: str, layout: Layout, x: Tensor) -> dict[str, str | None]:
+    """Every backend with the reason why it cannot run this call (None: it can)."""
+    return {name: why_not(name, op, layout, x) for name in BACKENDS}

@@ -1,0 +1,78 @@
+"""sp24: 2:4 weights, two kept of each group of four along K.
+
+Invariants, with Kp = K rounded up to a multiple of 8:
+- `values` [N, Kp / 2], the kept weights of a row in order of their columns;
+- `meta` [N, Kp / 8] uint8, a nibble per group of four (low nibble first): idx0 | idx1 << 2 with idx0 < idx1,
+  so 0x4 0x8 0x9 0xC 0xD 0xE are the only legal ones, groups with fewer than two nonzeros included;
+- values at columns >= K are zero.
+Rows are independent: the storage can be sliced by rows, saved and sharded. Architecture-free: hardware orders are
+derived and never saved. Nibbles as in the PTX ISA, mma.sp::ordered_metadata.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import FLOATS, Layout
+
+LEGAL_NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
+
+
+def padded(k: int) -> int:
+    """K rounded up to whole bytes of meta."""
+    return (k + 7) // 8 * 8
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sp24(Layout):
+    meta: Tensor
+
+    format = "sp24"
+    index_fields = ("meta",)
+
+    @property
+    def density(self) -> float:
+        return 0.5 if min(self.shape) else 0.0
+
+    def columns(self) -> Tensor:
+        """int64 [N, Kp / 2]: the column of every stored value."""
+        n, kp = self.shape[0], padded(self.shape[1])
+        meta = self.meta.long()
+        nibbles = torch.stack((meta & 15, meta >> 4), dim=-1).reshape(n, kp // 4)
+        inside = torch.stack((nibbles & 3, nibbles >> 2), dim=-1)
+        first = torch.arange(0, kp, 4, device=meta.device)[:, None]
+        return (inside + first).reshape(n, kp // 2)
+
+    def unpack(self) -> Tensor:
+        n, k = self.shape
+        dense = self.values.new_zeros(n, padded(k))
+        return dense.scatter_(1, self.columns(), self.values)[:, :k].contiguous()
+
+    def sample(self, dense: Tensor) -> Tensor:
+        k = self.shape[1]
+        return torch.nn.functional.pad(dense, (0, padded(k) - k)).gather(1, self.columns())
+
+    def check(self) -> Sp24:
+        n, k = self._check_shape()
+        kp = padded(k)
+        self._check_tensor("values", (n, kp // 2), *FLOATS, torch.int8)
+        self._check_tensor("meta", (n, kp // 8), torch.uint8)
+        self._check_scale(quantised=True)
+        legal = torch.zeros(16, dtype=torch.bool, device=self.device)
+        legal[list(LEGAL_NIBBLES)] = True
+        byte = torch.arange(256, device=self.device)
+        bad = (~(legal[byte & 15] & legal[byte >> 4]))[self.meta.long()].nonzero()
+        if len(bad):
+            row, at = (int(i) for i in bad[0])
+            value = int(self.meta[row, at])
+            group = 2 * at + (1 if bool(legal[value & 15]) else 0)
+            nibble = value >> 4 if group % 2 else value & 15
+            self._fail(f"row {row}, group {group}: 0x{nibble:X} is no legal 2:4 nibble")
+        if kp > k:
+            beyond = ((self.columns()[:, -4:] >= k) & (self.values[:, -4:] != 0)).nonzero()
+            if len(beyond):
+                self._fail(f"row {int(beyond[0][0])} stores a nonzero value beyond column {k - 1}")
+        return self

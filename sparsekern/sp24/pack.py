@@ -1,0 +1,54 @@
+"""Dense <-> sp24."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import Sp24, padded
+
+
+def prune_mask(dense: Tensor) -> Tensor:
+    """bool, true for the two entries of largest magnitude in each group of four along the last dimension.
+
+    Ties keep the lower index. A ragged last group is filled up with zeros.
+    """
+    k = dense.shape[-1]
+    groups = torch.nn.functional.pad(dense, (0, padded(k) - k)).unflatten(-1, (-1, 4))
+    order = groups.abs().argsort(dim=-1, descending=True, stable=True)
+    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :2], True)
+    return keep.flatten(-2)[..., :k]
+
+
+def pack(dense: Tensor, *, prune: bool = False, scale: Tensor | None = None) -> Sp24:
+    """Packs a W[N, K] that is 2:4 along K: at most two nonzeros in every group of four.
+
+    prune=True keeps the two of largest magnitude instead of raising. -0.0 counts as zero. Raises ValueError that
+    names the first row and group with more than two nonzeros, and its values.
+    """
+    n, k = dense.shape
+    kp = padded(k)
+    whole = torch.nn.functional.pad(dense.detach(), (0, kp - k))
+    if prune:
+        whole = whole * torch.nn.functional.pad(prune_mask(dense.detach()), (0, kp - k))
+    groups = whole.reshape(n, kp // 4, 4)
+    nonzero = groups != 0
+    crowded = (nonzero.sum(-1) > 2).nonzero()
+    if len(crowded):
+        row, group = (int(i) for i in crowded[0])
+        raise not_24(row, group, groups[row, group])
+    # The stored pair: every nonzero, filled up from the right, so an empty group stores (2, 3) = 0xE.
+    rank = torch.where(nonzero, 8, 0) + torch.arange(4, device=dense.device)
+    pair = rank.topk(2, dim=-1).indices.sort(dim=-1).values
+    values = groups.gather(-1, pair).reshape(n, kp // 2)
+    nibbles = (pair[..., 0] | pair[..., 1] << 2).to(torch.uint8).reshape(n, kp // 8, 2)
+    meta = nibbles[..., 0] | nibbles[..., 1] << 4
+    return Sp24(values=values.contiguous(), meta=meta.contiguous(), shape=(n, k), scale=scale)
+
+
+def not_24(row: int, group: int, values: Tensor) -> ValueError:
+    shown = ", ".join(f"{v:g}" for v in values.float().tolist())
+    return ValueError(
+        f"the weight is not 2:4: row {row}, group {group} (columns {4 * group}..{4 * group + 3}) holds [{shown}], "
+        "more than two nonzeros; prune it first, or pass prune=True to keep the two largest of every group"
+    )
