@@ -46,7 +46,7 @@ def random_weight(
     block: int | tuple[int, int] = 4,
     seed: int = 0,
 ) -> Tensor:
-    """A dense W[N, K] whose zeros follow the format's pattern; about `density` of it is nonzero, none is -0.0.
+    """A dense W[N, K] whose zeros follow the format's pattern; about `density` of it is nonzero.
 
     sp24: two random positions of every group of four, thinned further where density < 0.5; bsr: random
     blocks; csr and bitmap: random entries.
@@ -106,8 +106,8 @@ def skewed_weight(
 def dlmc_like(
     n: int, k: int, dtype: torch.dtype = torch.float32, density: float = 0.1, seed: int = 0
 ) -> Tensor:
-    """Pruned by magnitude as a trained layer is: normal weights times log-normal scales of rows and columns, one
-    threshold for all. Rows differ in length as in the DLMC collection (Gale et al., arXiv 2006.10901)."""
+    """Pruned by magnitude as a trained layer is: normal weights times log-normal scales of rows and columns,
+    one threshold for all. Rows differ in length as in the DLMC collection (Gale et al., arXiv 2006.10901)."""
     rng = generator(seed + 3)
     w = random_dense(n, k, seed=seed)
     w = w * torch.randn(n, 1, generator=rng).mul(0.3).exp() * torch.randn(1, k, generator=rng).mul(0.2).exp()
@@ -135,7 +135,7 @@ OUTLIER = 10.0
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref|| in float64 over the finite entries of ref; inf where NaNs, infs or shapes differ.
+    """||out - ref|| / ||ref|| in float64 over the finite entries of ref; inf where NaNs or shapes differ.
 
     Equal NaNs and infinities count as right; a ref that is all zero allows nothing but zeros.
     """
@@ -206,8 +206,8 @@ GUARD = 67  # odd: what lies between the bands is aligned to its own element siz
 class Guarded:
     """A copy of a tensor with bands of poison on both sides (and `gap` columns of it after every row).
 
-    Floats are surrounded by NaN, integers by 0x5A bytes. `tensor` is the copy; `check()` raises AssertionError if
-    a band was written to. What reads beyond the tensor meets poison instead of harmless zeros.
+    Floats are surrounded by NaN, integers by 0x5A bytes. `tensor` is the copy; `check()` raises AssertionError
+    if a band was written to. What reads beyond the tensor meets poison instead of harmless zeros.
     """
 
     def __init__(self, t: Tensor, gap: int = 0) -> None:
@@ -379,7 +379,7 @@ def measure(
     seconds: float | None = None,
     seed: int = 0,
 ) -> dict[str, Timing]:
-    """Times the variants against each other, fairly: every round calls each of them once, in a new random order.
+    """Times the variants against each other, fairly: every round calls each once, in a new random order.
 
     A machine that slows down for a while slows all of them. `inputs`: each round passes the next of these to
     every variant, in rotation, so that no activation stays in a cache where a real model would not keep it.
