@@ -206,8 +206,8 @@ GUARD = 67  # odd: what lies between the bands is aligned to its own element siz
 class Guarded:
     """A copy of a tensor with bands of poison on both sides (and `gap` columns of it after every row).
 
-    Floats are surrounded by NaN, integers by 0x5A bytes. `tensor` is the copy; `check()` raises AssertionError
-    if a band was written to. What reads beyond the tensor meets poison instead of harmless zeros.
+    Floats are surrounded by NaN, integers by 0x5A bytes. `tensor` is the copy; `check()` raises
+    AssertionError where a band was written to. What reads beyond the tensor meets poison, not harmless zeros.
     """
 
     def __init__(self, t: Tensor, gap: int = 0) -> None:
@@ -234,9 +234,7 @@ class Guarded:
         if len(changed):
             at = int(changed[0]) // self.memory.element_size()
             where = (
-                f"{GUARD - at} before the start"
-                if at < GUARD
-                else f"{at - GUARD} entries into the rear band or gaps"
+                f"{GUARD - at} before the start" if at < GUARD else f"{at - GUARD} into the rear band or gaps"
             )
             raise AssertionError(f"wrote outside a tensor of shape {tuple(self.tensor.shape)}: {where}")
 
@@ -255,12 +253,9 @@ def guarded_layout(layout: Layout) -> tuple[Layout, Callable[[], None]]:
     def check() -> None:
         for (name, guard), original in zip(guards.items(), originals, strict=True):
             guard.check()
-            same = (
-                guard.tensor.view(torch.uint8) == original.view(torch.uint8)
-                if original.numel()
-                else original == 0
-            )
-            if original.numel() and not bool(same.all()):
+            if original.numel() and not torch.equal(
+                guard.tensor.view(torch.uint8), original.view(torch.uint8)
+            ):
                 raise AssertionError(f"{name} was written to")
 
     return layout.map(lambda t: by_id[id(t)]), check
