@@ -115,7 +115,8 @@ class NinjaBuild(build_ext):
             say("no C++ compiler (g++) found: the CPU kernels are not built and every op runs on plain torch")
             return
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        objects = Path(self.build_temp).resolve() / "host"
+        # Not build_temp: pip makes a new one for every editable install, and the build would never be incremental.
+        objects = ROOT / "build" / f"host-{sys.implementation.cache_tag}"
         objects.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         (objects / "build.ninja").write_text(ninja_file(cxx, out, objects))
