@@ -51,8 +51,11 @@ class Layout:
     def from_parts(
         cls: type[L], values: Tensor, index: tuple[Tensor, ...], scale: Tensor | None, dims: tuple[int, ...]
     ) -> L:
-        parts: dict[str, Any] = dict(zip(cls.index_fields, index, strict=True))
-        return cls(values=values, scale=scale, shape=(dims[0], dims[1]), **parts)
+        """The inverse of `operand`. It runs on every call, so it fills the record without the frozen setters."""
+        made = object.__new__(cls)
+        made.__dict__.update(values=values, scale=scale, shape=(dims[0], dims[1]))
+        made.__dict__.update(zip(cls.index_fields, index, strict=True))
+        return made
 
     @property
     def operand(self) -> Operand:

@@ -33,9 +33,9 @@ class Bsr(Layout):
     def from_parts(
         cls, values: Tensor, index: tuple[Tensor, ...], scale: Tensor | None, dims: tuple[int, ...]
     ) -> Bsr:
-        return cls(
-            values=values, crow=index[0], col=index[1], scale=scale, shape=(dims[0], dims[1]), block=(dims[2], dims[3])
-        )
+        made = super().from_parts(values, index, scale, dims)
+        made.__dict__["block"] = (dims[2], dims[3])
+        return made
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -34,7 +34,7 @@ class SparseModule(nn.Module):
         self.activation = activation
         self.backend: str | None = None
         self._adopt(packed)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     def _adopt(self, packed: Layout) -> None:
         """Makes `packed` this module's weight; a parameter that already exists keeps its identity."""
@@ -51,8 +51,9 @@ class SparseModule(nn.Module):
 
     @property
     def operand(self) -> Operand:
-        index = tuple(self._buffers[name] for name in self._index_fields)
-        return Operand(self.format, self.values, index, self.scale, self._dims)  # type: ignore[arg-type]
+        buffers = self._buffers  # not self.<name>: nn.Module.__getattr__ would cost a microsecond each
+        index = tuple([buffers[name] for name in self._index_fields])
+        return Operand(self.format, self._parameters["values"], index, buffers["scale"], self._dims)  # type: ignore
 
     @property
     def packed(self) -> Layout:

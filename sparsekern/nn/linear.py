@@ -78,7 +78,7 @@ class SparseLinear(SparseModule):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_operand(self.operand, x, self.bias, self.activation, self.backend)
+        return linear_operand(self.operand, x, self._parameters["bias"], self.activation, self.backend)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"
