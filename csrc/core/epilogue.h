@@ -32,8 +32,8 @@ inline Vf vf_exp(Vf x) { return vf_exp(x, Vf{}); }
 
 // Q(t) = P(N(0, 1) > t) for t >= 0, relative error below 1e-6: exp(-t^2 / 2) times a polynomial in (t - 3) / (t + 3).
 inline Vf vf_normal_tail(Vf t) {
-    const Vi beyond = t > 13.0f;  // Q(13) is 6e-39, where the subnormals begin: zero from here on
-    t = beyond ? vf_set(13.0f) : t;
+    const Vi beyond = t > 12.9f;  // Q(12.9) is 2e-38, the last normal floats: zero from here on
+    t = beyond ? vf_set(12.9f) : t;
     const Vf u = (t - 3.0f) / (t + 3.0f);
     Vf p = vf_set(0x1.bdf36ap-15f);
     p = p * u + 0x1.e2672ep-14f;

@@ -33,6 +33,13 @@ inline void transpose(Vf (&r)[kLanes]) {
 template <Dtype T>
 inline Vf vf_load_part(const void* p, int count) {
     if (count >= kLanes) return vf_load_as<T>(p);
+#if SK_LEVEL >= SK_AVX512
+    const __mmask16 mask = __mmask16((1u << (count < 0 ? 0 : count)) - 1);
+    if constexpr (T == Dtype::f32) return (Vf)_mm512_maskz_loadu_ps(mask, p);
+    if constexpr (T == Dtype::bf16)
+        return (Vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
+    if constexpr (T == Dtype::f16) return (Vf)_mm512_maskz_cvtph_ps(mask, _mm256_maskz_loadu_epi16(mask, p));
+#endif
     alignas(64) char part[sizeof(Vf)] = {};
     if (count > 0) __builtin_memcpy(part, p, size_t(count) * size_of(T));
     return vf_load_as<T>(part);
@@ -41,9 +48,24 @@ inline Vf vf_load_part(const void* p, int count) {
 template <Dtype T>
 inline void vf_store_part(void* p, Vf v, int count) {
     if (count >= kLanes) return vf_store_as<T>(p, v);
+#if SK_LEVEL >= SK_AVX512
+    if constexpr (T == Dtype::f32) return _mm512_mask_storeu_ps(p, __mmask16((1u << (count < 0 ? 0 : count)) - 1), (__m512)v);
+#endif
     alignas(64) char part[sizeof(Vf)];
     vf_store_as<T>(part, v);
     if (count > 0) __builtin_memcpy(p, part, size_t(count) * size_of(T));
+}
+
+// Lane i of the result is the sum over the lanes of r[i]: the transposition above with an addition in every round.
+template <int Step = kLanes / 2>
+inline Vf sum_rows(Vf (&r)[kLanes]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Step; ++i) {
+        transpose_pair<Step>(r[i], r[i + Step], std::make_index_sequence<kLanes>{});
+        r[i] += r[i + Step];
+    }
+    if constexpr (Step > 1) return sum_rows<Step / 2>(r);
+    return r[0];
 }
 
 // panel[k][t] = x[t][k] for t < tokens, zero for tokens <= t < nt; k < count. nt is a multiple of kLanes.
