@@ -37,7 +37,7 @@ inline Vf vf_load_part(const void* p, int count) {
     const __mmask16 mask = __mmask16((1u << (count < 0 ? 0 : count)) - 1);
     if constexpr (T == Dtype::f32) return (Vf)_mm512_maskz_loadu_ps(mask, p);
     if constexpr (T == Dtype::bf16)
-        return (Vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
+        return (Vf)(__builtin_convertvector((Vh)_mm256_maskz_loadu_epi16(mask, p), Vi) << 16);
     if constexpr (T == Dtype::f16) return (Vf)_mm512_maskz_cvtph_ps(mask, _mm256_maskz_loadu_epi16(mask, p));
 #endif
     alignas(64) char part[sizeof(Vf)] = {};
@@ -49,7 +49,8 @@ template <Dtype T>
 inline void vf_store_part(void* p, Vf v, int count) {
     if (count >= kLanes) return vf_store_as<T>(p, v);
 #if SK_LEVEL >= SK_AVX512
-    if constexpr (T == Dtype::f32) return _mm512_mask_storeu_ps(p, __mmask16((1u << (count < 0 ? 0 : count)) - 1), (__m512)v);
+    if constexpr (T == Dtype::f32)
+        return _mm512_mask_storeu_ps(p, __mmask16((1u << (count < 0 ? 0 : count)) - 1), (__m512)v);
 #endif
     alignas(64) char part[sizeof(Vf)];
     vf_store_as<T>(part, v);
