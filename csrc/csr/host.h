@@ -1,4 +1,98 @@
 // Entries of the csr host kernels: argument structs and the table that each instruction set fills in.
+//
+// Every product takes plain pointers, so that any format whose values lie in row-major order (2:4, bitmap) can call it
+// with its own values and a (crow, col) topology derived from it.
 #pragma once
 #include "../core/isa.h"
 #include "../core/types.h"
+
+namespace sk {
+
+// A sparse matrix W[rows, cols]. Values of row n are values[crow[n] .. crow[n + 1]), their columns ascend in col.
+// Tiled work walks W by row blocks and column tiles; `plan` is the index that csr_plan makes of (crow, col) for the
+// same `shift`, or null, and then it is made anew in every call that needs it.
+struct CsrMatrix {
+    const void* values;
+    Dtype dtype;
+    const int32_t* crow;
+    const int32_t* col;
+    int64_t rows, cols;
+    const void* plan;
+    int shift;
+};
+
+// One (row, column tile) piece of W: values[start .. start + count). A plan is an array of them, a group of
+// csr_block_rows(rows) for each (row block, column tile), block major; inside a group they ascend by count, so that
+// the trip count of the inner loop, which would mispredict once a row, changes a few times a group instead.
+struct CsrSegment {
+    uint32_t start;
+    uint16_t row;  // inside the row block
+    uint16_t count;
+};
+
+inline int64_t csr_block_rows(int64_t rows) {
+    const int64_t eighth = (rows / 8 + 31) / 32 * 32;
+    return eighth < 32 ? 32 : eighth > 256 ? 256 : eighth;
+}
+inline int64_t csr_tiles(int64_t cols, int shift) { return (cols + (int64_t(1) << shift) - 1) >> shift; }
+// Bytes of a plan. Shifts are 5 .. 15.
+inline int64_t csr_plan_bytes(int64_t rows, int64_t cols, int shift) {
+    const int64_t block = csr_block_rows(rows);
+    return (rows + block - 1) / block * block * csr_tiles(cols, shift) * int64_t(sizeof(CsrSegment));
+}
+
+// y[M, rows] = act(x[M, cols] W^T * scale + bias).
+struct CsrMm {
+    CsrMatrix w;
+    Dense x, y;
+    Epilogue epilogue;
+    int threads;
+};
+
+// dx[M, cols] = dy[M, rows] W.
+struct CsrMmT {
+    CsrMatrix w;
+    Dense dy, dx;
+    int threads;
+};
+
+// dvalues[nnz] (of w.dtype, at w.values, which is written) = (dy^T x) at the stored positions.
+struct CsrSddmm {
+    CsrMatrix w;
+    Dense dy, x;
+    int threads;
+};
+
+// Between a dense matrix and csr. A zero of either sign is not stored, NaN is.
+// csr_count fills crow[rows + 1] from `dense` and returns the number of nonzeros (it fails, -1, above 2^31 - 1);
+// csr_fill then fills values (of the same type) and col; csr_unpack writes the whole dense matrix, zeros included.
+struct CsrPack {
+    Dense dense;
+    int32_t* crow;
+    int32_t* col;
+    void* values;
+    int threads;
+};
+
+struct CsrTable {
+    void (*plan)(const CsrMatrix& w, CsrSegment* out, int threads);
+    void (*mm)(const CsrMm&);
+    void (*mm_t)(const CsrMmT&);
+    void (*sddmm)(const CsrSddmm&);
+    int64_t (*count)(const CsrPack&);
+    void (*fill)(const CsrPack&);
+    void (*unpack)(const CsrPack&);
+};
+
+#define SK_DECLARE_CSR(isa)          \
+    namespace isa {                  \
+    extern const CsrTable csr_table; \
+    }
+SK_DECLARE_CSR(portable)
+SK_DECLARE_CSR(avx2)
+SK_DECLARE_CSR(avx512)
+SK_DECLARE_CSR(avx512_bf16)
+SK_DECLARE_CSR(amx)
+#undef SK_DECLARE_CSR
+
+}  // namespace sk

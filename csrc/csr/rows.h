@@ -1,0 +1,106 @@
+// What the csr kernels share: the choice of panels, walking a plan, values as floats.
+#pragma once
+#include <algorithm>
+
+#include "../core/panel.h"
+#include "../core/parallel.h"
+#include "host.h"
+
+SK_ISA_BEGIN
+
+inline constexpr int kMaxVectors = 8;              // vectors in the widest panel: its accumulators fill half the registers
+inline constexpr int64_t kSerialWork = 1'500'000;  // multiply-adds below which one thread is fastest
+
+// Splits `tokens` into panels of at most kMaxVectors vectors, as even as can be.
+struct Panels {
+    int64_t tokens, vectors, count;
+
+    explicit Panels(int64_t m, int widest = kMaxVectors)
+        : tokens(m), vectors((m + kLanes - 1) / kLanes), count((vectors + widest - 1) / widest) {}
+    int64_t first_vector(int64_t p) const { return vectors * p / count; }
+    int64_t token(int64_t p) const { return first_vector(p) * kLanes; }
+    int width(int64_t p) const { return int(first_vector(p + 1) - first_vector(p)); }  // in vectors
+    int used(int64_t p) const { return int(std::min(tokens, token(p + 1)) - token(p)); }
+};
+
+// Calls f.template operator()<NV>() for a panel that is `vectors` wide.
+template <class F>
+inline void dispatch_width(int vectors, F&& f) {
+    switch (vectors) {
+        case 1: return f.template operator()<1>();
+        case 2: return f.template operator()<2>();
+        case 3: return f.template operator()<3>();
+        case 4: return f.template operator()<4>();
+        case 5: return f.template operator()<5>();
+        case 6: return f.template operator()<6>();
+        case 7: return f.template operator()<7>();
+        default: return f.template operator()<8>();
+    }
+}
+
+// values[start .. start + count) as floats: in place where they are floats, else converted into `buffer`, which has
+// room for kLanes more than count.
+template <Dtype T>
+inline const float* floats(const void* values, int64_t start, int64_t count, float* buffer) {
+    const char* p = static_cast<const char*>(values) + start * size_of(T);
+    if constexpr (T == Dtype::f32) {
+        return reinterpret_cast<const float*>(p);
+    } else {
+        for (int64_t j = 0; j < count; j += kLanes)
+            vf_store(buffer + j, vf_load_part<T>(p + j * size_of(T), int(std::min<int64_t>(count - j, kLanes))));
+        return buffer;
+    }
+}
+
+template <class F>
+inline auto dispatch_values(Dtype t, F&& f) {
+    if (t == Dtype::i8) return f.template operator()<Dtype::i8>();
+    return dispatch_float(t, f);
+}
+
+// A plan as the kernels walk it.
+struct Blocks {
+    int64_t rows, cols, block, blocks, tiles;
+    int shift;
+    const CsrSegment* segments;
+
+    Blocks(const CsrMatrix& w, const CsrSegment* plan)
+        : rows(w.rows),
+          cols(w.cols),
+          block(csr_block_rows(w.rows)),
+          blocks((w.rows + block - 1) / block),
+          tiles(csr_tiles(w.cols, w.shift)),
+          shift(w.shift),
+          segments(plan) {}
+    int64_t rows_of(int64_t b) const { return std::min(block, rows - b * block); }
+    const CsrSegment* group(int64_t b, int64_t tile) const { return segments + (b * tiles + tile) * block; }
+    int64_t tile_begin(int64_t tile) const { return tile << shift; }
+    int64_t tile_size(int64_t tile) const { return std::min(cols - (tile << shift), int64_t(1) << shift); }
+};
+
+void csr_plan(const CsrMatrix& w, CsrSegment* out, int threads);
+
+// The caller's plan, or one made now in scratch memory.
+inline const CsrSegment* plan_of(const CsrMatrix& w, int threads) {
+    if (w.plan) return static_cast<const CsrSegment*>(w.plan);
+    auto* made = static_cast<CsrSegment*>(scratch(3, size_t(csr_plan_bytes(w.rows, w.cols, w.shift))));
+    csr_plan(w, made, threads);
+    return made;
+}
+
+// Cuts rows [0, rows) at multiples of `unit` into `parts` ranges of about equal nonzeros: the first row of part p.
+inline int64_t split_rows(const CsrMatrix& w, int64_t unit, int64_t parts, int64_t p) {
+    if (p <= 0) return 0;
+    if (p >= parts) return w.rows;
+    // A row costs a little even when empty: count each as four nonzeros.
+    const auto cost = [&](int64_t n) { return int64_t(w.crow[n]) + 4 * n; };
+    const int64_t want = cost(w.rows) * p / parts;
+    int64_t low = 0, high = w.rows;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        cost(middle) < want ? low = middle + 1 : high = middle;
+    }
+    return std::min(w.rows, (low + unit / 2) / unit * unit);
+}
+
+SK_ISA_END
