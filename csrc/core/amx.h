@@ -48,9 +48,10 @@ inline __mmask64 first_bytes(int64_t n) { return n >= 64 ? ~__mmask64(0) : n <= 
 
 // One panel of 16 columns: dst[p][j], p < depth dwords, j < width, is dword p of row j of src. `rows` (<= width <=
 // 16) rows of `bytes` bytes exist, `stride` bytes apart; what lies beyond them is written as zero, nothing beyond is
-// read. dst rows are `width` dwords (4 * width bytes) apart; depth >= bytes / 4 rounded up.
+// read. dst rows are `pitch` bytes apart (0: 4 * width); depth >= bytes / 4 rounded up.
 inline void pack_dwords(void* dst, const void* src, int64_t stride, int rows, int64_t bytes, int64_t depth,
-                        int width = 16) {
+                        int width = 16, int64_t pitch = 0) {
+    if (pitch == 0) pitch = 4 * width;
     char* out = static_cast<char*>(dst);
     const char* in = static_cast<const char*>(src);
     const __mmask16 columns = static_cast<__mmask16>((1u << width) - 1);
@@ -62,10 +63,10 @@ inline void pack_dwords(void* dst, const void* src, int64_t stride, int rows, in
         transpose_dwords(r);
         const int64_t n = depth - p;
         if (width == 16 && n >= 16) {
-            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (p + i) * 64, r[i]);
+            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (p + i) * pitch, r[i]);
         } else {
             for (int i = 0; i < 16; ++i)
-                if (i < n) _mm512_mask_storeu_epi32(out + (p + i) * 4 * width, columns, r[i]);
+                if (i < n) _mm512_mask_storeu_epi32(out + (p + i) * pitch, columns, r[i]);
         }
     }
 }
