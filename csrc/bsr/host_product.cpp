@@ -8,7 +8,7 @@ void run(Product& p) {
     if (p.tokens() == 0 || p.total_outs() == 0) return;
     choose_mode(p);
     if (p.blocks() * p.w.block_rows * p.w.block_cols * p.tokens() < kSerialWork) p.threads = 1;
-#if SK_LEVEL >= SK_AMX && defined(SK_BSR_TILES)
+#if SK_LEVEL >= SK_AMX
     if (tiles_suit(p)) return product_tiles(p);
 #endif
     if (dot_suits(p)) return product_dot(p);

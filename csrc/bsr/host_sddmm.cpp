@@ -166,7 +166,7 @@ void bsr_sddmm(const BsrSddmm& a) {
     Sddmm s{a};
     if (s.blocks() == 0) return;
     if (s.blocks() * a.w.block_rows * a.w.block_cols * a.x.rows < kSerialWork) s.threads = 1;
-#if SK_LEVEL >= SK_AMX && defined(SK_BSR_TILES)
+#if SK_LEVEL >= SK_AMX
     if (sddmm_tiles_suit(s)) return sddmm_tiles(s);
 #endif
     if (a.w.block_cols * 2 <= kLanes) return sddmm_tokens(s);
