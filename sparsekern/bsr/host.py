@@ -1,2 +1,169 @@
-def why_not(op, layout, x):
-    return "not built yet"
+"""bsr on the CPU: launchers of the compiled kernels (csrc/bsr)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ext import ACTIVATIONS, DTYPES, host, why_not_host
+from .._plan import plan
+from .layout import Bsr
+
+
+def why_not(op: str, layout: Bsr, x: Tensor) -> str | None:
+    """Why the compiled kernels cannot run this call, or None where they can."""
+    if x.dtype not in DTYPES or layout.dtype not in DTYPES:
+        return f"{x.dtype if x.dtype not in DTYPES else layout.dtype} is not supported by the host kernels"
+    if x.dtype == torch.int8:
+        if op != "mm":
+            return f"int8 activations are supported by mm only, not by {op}"
+        if layout.dtype != torch.int8:
+            return f"int8 activations need int8 values, these are {layout.dtype}"
+    elif layout.dtype == torch.int8:
+        if op == "sddmm":
+            return "int8 values have no gradient"
+    elif layout.dtype != x.dtype:
+        return f"values are {layout.dtype}, activations {x.dtype}; they must agree"
+    return why_not_host()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def mm(layout: Bsr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
+    x = _rows(x)
+    m = x.shape[0]
+    values, scale = layout.values, layout.scale
+    (n, k), (r, c) = layout.shape, layout.block
+    dtype = DTYPES[x.dtype]
+    if dtype == 3:
+        y, y_dtype = x.new_empty((m, n), dtype=torch.float32), 0
+    else:
+        y, y_dtype = x.new_empty((m, n)), dtype
+    if bias is not None and bias.stride(0) != 1:
+        bias = bias.contiguous()
+    host().bsr_mm(
+        values.data_ptr(),
+        DTYPES[values.dtype],
+        0 if scale is None else scale.data_ptr(),
+        layout.crow.data_ptr(),
+        layout.col.data_ptr(),
+        n,
+        k,
+        r,
+        c,
+        x.data_ptr(),
+        dtype,
+        m,
+        x.stride(0),
+        y.data_ptr(),
+        y_dtype,
+        n,
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPES[bias.dtype],
+        ACTIVATIONS[activation],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def transpose_index(layout: Bsr) -> tuple[Tensor, Tensor, Tensor]:
+    """The column-order view: crow_t [Kb + 1], row_t [nnzb], gather_t [nnzb], all int32."""
+    nb, kb = layout.grid
+    crow, col = layout.crow, layout.col
+    crow_t, row_t, gather_t = crow.new_empty(kb + 1), torch.empty_like(col), torch.empty_like(col)
+    host().bsr_transpose_index(
+        crow.data_ptr(), col.data_ptr(), nb, kb, crow_t.data_ptr(), row_t.data_ptr(), gather_t.data_ptr()
+    )
+    return crow_t, row_t, gather_t
+
+
+def mm_t(layout: Bsr, dy: Tensor) -> Tensor:
+    """dX = dY W: dy [M, N] -> [M, K]."""
+    dy = _rows(dy)
+    m = dy.shape[0]
+    values, scale = layout.values, layout.scale
+    (n, k), (r, c) = layout.shape, layout.block
+    dx = dy.new_empty((m, k))
+    crow_t, row_t, gather_t = plan(layout.col, ("bsr.transpose", n, k, r, c), lambda: transpose_index(layout))
+    host().bsr_mm_t(
+        values.data_ptr(),
+        DTYPES[values.dtype],
+        0 if scale is None else scale.data_ptr(),
+        crow_t.data_ptr(),
+        row_t.data_ptr(),
+        gather_t.data_ptr(),
+        n,
+        k,
+        r,
+        c,
+        dy.data_ptr(),
+        DTYPES[dy.dtype],
+        m,
+        dy.stride(0),
+        dx.data_ptr(),
+        k,
+        torch.get_num_threads(),
+    )
+    return dx
+
+
+def sddmm(layout: Bsr, dy: Tensor, x: Tensor) -> Tensor:
+    """dW = dY^T X at the stored blocks: dy [M, N], x [M, K] -> like layout.values (zero beyond the edges of W)."""
+    dy, x = _rows(dy), _rows(x)
+    (n, k), (r, c) = layout.shape, layout.block
+    dvalues = layout.values.new_empty(layout.values.shape)
+    host().bsr_sddmm(
+        dvalues.data_ptr(),
+        DTYPES[dvalues.dtype],
+        layout.crow.data_ptr(),
+        layout.col.data_ptr(),
+        n,
+        k,
+        r,
+        c,
+        dy.data_ptr(),
+        dy.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        torch.get_num_threads(),
+    )
+    return dvalues
+
+
+def pack(dense: Tensor, block: tuple[int, int], *, scale: Tensor | None = None) -> Bsr:
+    """The blocks of W[N, K] (float32, bfloat16, float16 or int8) that hold a nonzero."""
+    dense = _rows(dense)
+    (n, k), (r, c) = dense.shape, block
+    nb, kb, threads = -(-n // r), -(-k // c), torch.get_num_threads()
+    flags = dense.new_empty(nb * kb, dtype=torch.uint8)
+    crow = dense.new_empty(nb + 1, dtype=torch.int32)
+    where = (dense.data_ptr(), DTYPES[dense.dtype], dense.stride(0), n, k, r, c, flags.data_ptr(), crow.data_ptr())
+    host().bsr_count(*where, threads)
+    nnzb = int(crow[-1])
+    col, values = dense.new_empty(nnzb, dtype=torch.int32), dense.new_empty((nnzb, r, c))
+    host().bsr_fill(*where, col.data_ptr(), values.data_ptr(), threads)
+    return Bsr(values=values, crow=crow, col=col, shape=(n, k), block=(r, c), scale=scale)
+
+
+def unpack(layout: Bsr) -> Tensor:
+    """The dense W[N, K] in the values' type (scales not applied)."""
+    (n, k), (r, c), values = layout.shape, layout.block, layout.values
+    dense = values.new_empty((n, k))
+    host().bsr_unpack(
+        dense.data_ptr(),
+        DTYPES[values.dtype],
+        k,
+        n,
+        k,
+        r,
+        c,
+        layout.crow.data_ptr(),
+        layout.col.data_ptr(),
+        values.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dense

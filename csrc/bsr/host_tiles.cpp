@@ -1,0 +1,202 @@
+// mm and mm_t on AMX tiles: bf16, and int8 by int8.
+#include "product.h"
+#include "tiles.h"
+
+#if SK_LEVEL >= SK_AMX
+SK_ISA_BEGIN
+namespace {
+
+constexpr int64_t kChunkBytes = int64_t(1) << 20;  // packed tokens that stay in L2 while all weights pass by
+constexpr int kTile = 16;
+
+// How a call is cut: `tiles` tiles of 16 tokens, `chunk` of them packed at a time.
+struct Chunks {
+    int64_t tiles, chunk, tile_bytes;
+};
+
+Chunks cut(const Product& p, int64_t tile_bytes) {
+    const int64_t tiles = ceil_div(p.tokens(), kTile), fit = kChunkBytes / (tile_bytes ? tile_bytes : 1);
+    const int64_t most = fit < 2 ? 2 : fit, count = ceil_div(tiles, most), even = ceil_div(tiles, count);
+    return {tiles, count > 1 ? even + even % 2 : even, tile_bytes};
+}
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Tokens of a chunk that begins at token m0, as pack(tile, first dword, dwords) tasks.
+template <class Pack>
+void pack_chunk(const Product& p, int64_t tiles, int64_t unit, Pack&& pack) {
+    const int64_t depth = p.panel_depth(), part = ceil_div(1024, unit) * unit, parts = ceil_div(depth, part);
+    parallel_for(tiles * parts, p.threads, [&](int64_t task) {
+        const int64_t k0 = task % parts * part;
+        pack(task / parts, k0, least(part, depth - k0));
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------------ mm
+
+struct MmShape {
+    int rows;         // of an A tile
+    int64_t a_tiles;  // in a block
+    int depth;        // dwords of a step
+    int64_t steps;    // in a block
+    int width;        // tokens in a B tile
+};
+
+template <class Dot, int MA, int NB>
+void mm_strip(const Walk& w, const MmShape& s, int64_t i, const char* b, int64_t b_next, float* c) {
+    const int64_t b_row = s.width * 4, a_next = s.rows * w.a_row;
+    tiles_zero<MA, NB>();
+    for (int64_t j = 0; j < w.blocks; ++j) {
+        const char* a = w.a + j * w.a_block + i * a_next;
+        const char* x = b + w.index[j] * w.depth * b_row;
+        for (int64_t k = 0; k < s.steps; ++k)
+            tile_step<Dot, MA, NB>(a + k * s.depth * 4, a_next, w.a_row, x + k * s.depth * b_row, b_next, b_row);
+    }
+    tiles_store<MA, NB>(c, int64_t(s.rows) * NB * kTile * 4, kTile * 4, NB * kTile * 4);
+}
+
+template <class Dot>
+void mm_group(const Product& p, const MmShape& s, int64_t g, const char* packed, int64_t tile_bytes, int64_t first,
+              int64_t t0, int64_t t1) {
+    const Walk w = walk_group(p, g, 1);
+    float* c = static_cast<float*>(scratch(2, 4 * kTile * kTile * sizeof(float)));
+    for (int64_t i = 0; i < s.a_tiles;) {
+        const int64_t ma = least(s.a_tiles - i, t1 - t0 == 1 ? 4 : 2);
+        for (int64_t t = t0; t < t1;) {
+            const int64_t nb = least(t1 - t, 4 / ma);
+            dispatch_tiles(int(ma), int(nb), [&]<int MA, int NB>() {
+                mm_strip<Dot, MA, NB>(w, s, i, packed + t * tile_bytes, tile_bytes, c);
+            });
+            const int64_t n0 = g * p.outs() + i * s.rows, m0 = (first + t) * kTile;
+            finish(p, c, int(nb) * kTile, m0, least(nb * kTile, p.tokens() - m0), n0,
+                   least(ma * s.rows, p.total_outs() - n0));
+            t += nb;
+        }
+        i += ma;
+    }
+}
+
+void mm_tiles(const Product& p) {
+    MmShape s{};
+    s.rows = tile_part(p.outs()), s.a_tiles = p.outs() / s.rows;
+    s.depth = tile_part(p.depth()), s.steps = p.depth() / s.depth;
+    for (s.width = 1; s.width < kTile && s.width < p.tokens();) s.width *= 2;
+    const TileConfig config = tile_config(s.rows, s.depth, s.width);
+    const Chunks c = cut(p, p.panel_depth() * s.width * 4);
+    const int64_t size = size_of(p.x.dtype);
+    for (int64_t first = 0; first < c.tiles; first += c.chunk) {
+        const int64_t tiles = least(c.chunk, c.tiles - first);
+        char* packed = static_cast<char*>(scratch(0, size_t(tiles * c.tile_bytes)));
+        pack_chunk(p, tiles, kTile, [&](int64_t t, int64_t k0, int64_t count) {
+            const int64_t m0 = (first + t) * kTile, e0 = k0 * p.per_dword, left = p.x.cols - e0;
+            pack_dwords(packed + t * c.tile_bytes + k0 * s.width * 4, p.x_row(m0) + (left > 0 ? e0 * size : 0),
+                        p.x.ld * size, int(least(kTile, p.tokens() - m0)), left * size, count, s.width);
+        });
+        for_each_group(p, tiles, [&](int64_t g, int64_t t0, int64_t t1) {
+            if (t0 == t1) return;
+            const TileScope scope(config);
+            if (p.mode == Mode::i8)
+                mm_group<DotI8>(p, s, g, packed, c.tile_bytes, first, t0, t1);
+            else
+                mm_group<DotBf16>(p, s, g, packed, c.tile_bytes, first, t0, t1);
+        });
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- mm_t
+
+struct MmTShape {
+    int tokens;       // in an A tile
+    int depth;        // dwords of a step
+    int64_t steps;    // in a block
+    int cols;         // of a B tile
+    int64_t b_tiles;  // in a block
+};
+
+template <int MA, int NB>
+void mm_t_strip(const Walk& w, const MmTShape& s, int64_t i, const char* a, int64_t a_next, float* c) {
+    const int64_t a_row = s.depth * 4, a_step = s.tokens * a_row, b_row = w.a_depth, b_next = s.cols * 4;
+    tiles_zero<MA, NB>();
+    for (int64_t j = 0; j < w.blocks; ++j) {
+        const char* x = a + w.index[j] * s.steps * a_step;
+        const char* b = w.a + j * w.a_block + i * b_next;
+        for (int64_t k = 0; k < s.steps; ++k)
+            tile_step<DotBf16, MA, NB>(x + k * a_step, a_next, a_row, b + k * s.depth * b_row, b_next, b_row);
+    }
+    tiles_store<MA, NB>(c, int64_t(s.tokens) * NB * b_next, b_next, NB * b_next);
+}
+
+void mm_t_group(const Product& p, const MmTShape& s, int64_t g, const char* packed, int64_t tile_bytes, int64_t first,
+                int64_t t0, int64_t t1) {
+    const Walk w = walk_group(p, g, 1);
+    float* c = static_cast<float*>(scratch(2, 4 * kTile * kTile * sizeof(float)));
+    for (int64_t i = 0; i < s.b_tiles;) {
+        const int64_t nb = least(s.b_tiles - i, t1 - t0 == 1 ? 4 : 2);
+        for (int64_t t = t0; t < t1;) {
+            const int64_t ma = least(t1 - t, 4 / nb);
+            dispatch_tiles(int(ma), int(nb), [&]<int MA, int NB>() {
+                mm_t_strip<MA, NB>(w, s, i, packed + t * tile_bytes, tile_bytes, c);
+            });
+            const int64_t n0 = g * p.outs() + i * s.cols, m0 = (first + t) * kTile, pitch = nb * s.cols;
+            const int64_t outs = least(pitch, p.total_outs() - n0), tokens = least(ma * kTile, p.tokens() - m0);
+            for (int64_t m = 0; m < tokens && outs > 0; ++m) {
+                char* out = p.y_at(m0 + m, n0);
+                const float* in = c + m * pitch;
+                int64_t k = 0;
+                for (; k + kLanes <= outs; k += kLanes) vf_store_as<Dtype::bf16>(out + k * 2, vf_load(in + k));
+                for (; k < outs; ++k) store_as<Dtype::bf16>(out, k, in[k]);
+            }
+            t += ma;
+        }
+        i += nb;
+    }
+}
+
+// Tokens m0 .. m0 + count as A tiles: [step of the contraction][token][depth dwords].
+void pack_rows(const Product& p, const MmTShape& s, int64_t m0, int64_t k0, int64_t count, char* packed) {
+    const int64_t real = least(s.tokens, p.tokens() - m0), step = s.depth * 4;
+    for (int64_t k = k0; k < k0 + count; k += s.depth) {
+        const int64_t bytes = least(step, (p.x.cols - 2 * k) * 2);
+        const __mmask64 whole = first_bytes(step), valid = first_bytes(bytes);
+        char* out = packed + k * s.tokens * 4;
+        for (int64_t m = 0; m < s.tokens; ++m) {
+            const char* in = p.x_row(m0 + (m < real ? m : 0)) + (bytes > 0 ? k * 4 : 0);
+            _mm512_mask_storeu_epi8(out + m * step, whole, _mm512_maskz_loadu_epi8(m < real ? valid : 0, in));
+        }
+    }
+}
+
+void mm_t_tiles(const Product& p) {
+    MmTShape s{};
+    s.tokens = int(least(p.tokens(), kTile));
+    s.depth = tile_part(p.depth()), s.steps = p.depth() / s.depth;
+    s.cols = tile_part(p.outs()), s.b_tiles = p.outs() / s.cols;
+    const TileConfig config = tile_config(s.tokens, s.depth, s.cols);
+    const Chunks c = cut(p, p.panel_depth() * s.tokens * 4);
+    for (int64_t first = 0; first < c.tiles; first += c.chunk) {
+        const int64_t tiles = least(c.chunk, c.tiles - first);
+        char* packed = static_cast<char*>(scratch(0, size_t(tiles * c.tile_bytes)));
+        pack_chunk(p, tiles, s.depth, [&](int64_t t, int64_t k0, int64_t count) {
+            pack_rows(p, s, (first + t) * kTile, k0, count, packed + t * c.tile_bytes);
+        });
+        for_each_group(p, tiles, [&](int64_t g, int64_t t0, int64_t t1) {
+            if (t0 == t1) return;
+            const TileScope scope(config);
+            mm_t_group(p, s, g, packed, c.tile_bytes, first, t0, t1);
+        });
+    }
+}
+
+}  // namespace
+
+// Tiles pay from about a quarter of their rows and depth on.
+bool tiles_suit(const Product& p) {
+    if (p.mode != Mode::bf16 && p.mode != Mode::i8) return false;
+    if (p.x.dtype != Dtype::i8 && p.w.dtype == Dtype::i8 && p.tokens() <= 4 && dot_suits(p)) return false;
+    return tile_part(p.outs()) >= 4 && tile_part(p.depth()) >= 2;
+}
+
+void product_tiles(const Product& p) { p.transposed ? mm_t_tiles(p) : mm_tiles(p); }
+
+SK_ISA_END
+#endif

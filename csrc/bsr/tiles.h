@@ -1,0 +1,118 @@
+// Loops over AMX tiles. Which matrix is A and which is B follows from what lies well already:
+//
+//   mm      A = weights (rows of a block, in place)      B = tokens (packed panels)      C: features x tokens
+//   mm_t    A = tokens (dY, rows copied side by side)    B = weights (pairs of rows)     C: tokens x features
+//   sddmm   A = dY^T (packed)                            B = X (pairs of tokens)         C: a block of dW, in place
+//
+// mm could also put its tokens into A, but then every weight tile would have to be transposed in every call (64
+// shuffles beside the 16 cycles of a product), while turning C once costs the same for the whole block row.
+#pragma once
+#include <utility>
+
+#include "walk.h"
+
+#if SK_LEVEL >= SK_AMX
+SK_ISA_BEGIN
+
+// Up to 4 accumulators (tiles 0..3) of MA x NB; A tiles are 4 and 5, B tiles 6 and 7, so that one configuration
+// serves every MA x NB. The operand of the smaller side stays loaded while the larger side passes.
+template <int MA, int NB>
+struct TileShape {
+    static_assert(MA * NB <= 4);
+    static constexpr bool kFewA = MA <= NB;
+    template <int I>
+    static constexpr int kA = 4 + I % 2;
+    template <int I>
+    static constexpr int kB = 6 + I % 2;
+    template <int I, int J>
+    static constexpr int kC = I * NB + J;
+};
+
+template <int N, class F>
+inline void unrolled(F&& f) {
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+        (f.template operator()<I>(), ...);
+    }(std::make_integer_sequence<int, N>{});
+}
+
+struct DotBf16 {
+    template <int C, int A, int B>
+    static void dp() {
+        tile_dp_bf16<C, A, B>();
+    }
+};
+struct DotI8 {
+    template <int C, int A, int B>
+    static void dp() {
+        tile_dp_i8<C, A, B>();
+    }
+};
+
+// C += A * B for one depth step. a + I * a_next: A tile I, rows a_row bytes apart; b likewise.
+template <class Dot, int MA, int NB>
+inline void tile_step(const char* a, int64_t a_next, int64_t a_row, const char* b, int64_t b_next, int64_t b_row) {
+    using S = TileShape<MA, NB>;
+    if constexpr (S::kFewA) {
+        unrolled<MA>([&]<int I> { tile_load<S::template kA<I>>(a + I * a_next, a_row); });
+        unrolled<NB>([&]<int J> {
+            tile_load<S::template kB<J>>(b + J * b_next, b_row);
+            unrolled<MA>([&]<int I> { Dot::template dp<S::template kC<I, J>, S::template kA<I>, S::template kB<J>>(); });
+        });
+    } else {
+        unrolled<NB>([&]<int J> { tile_load<S::template kB<J>>(b + J * b_next, b_row); });
+        unrolled<MA>([&]<int I> {
+            tile_load<S::template kA<I>>(a + I * a_next, a_row);
+            unrolled<NB>([&]<int J> { Dot::template dp<S::template kC<I, J>, S::template kA<I>, S::template kB<J>>(); });
+        });
+    }
+}
+
+template <int MA, int NB>
+inline void tiles_zero() {
+    unrolled<MA * NB>([]<int I> { tile_zero<I>(); });
+}
+
+// C tile (I, J) to c + I * c_down + J * c_right bytes, rows c_row bytes apart.
+template <int MA, int NB>
+inline void tiles_store(float* c, int64_t c_down, int64_t c_right, int64_t c_row) {
+    unrolled<MA>([&]<int I> {
+        unrolled<NB>([&]<int J> {
+            tile_store<TileShape<MA, NB>::template kC<I, J>>(reinterpret_cast<char*>(c) + I * c_down + J * c_right,
+                                                             c_row);
+        });
+    });
+}
+
+// Calls f.template operator()<MA, NB>() for ma x nb tiles, 1 <= ma * nb <= 4.
+template <class F>
+inline void dispatch_tiles(int ma, int nb, F&& f) {
+    switch (ma * 8 + nb) {
+        case 8 + 1: return f.template operator()<1, 1>();
+        case 8 + 2: return f.template operator()<1, 2>();
+        case 8 + 3: return f.template operator()<1, 3>();
+        case 8 + 4: return f.template operator()<1, 4>();
+        case 16 + 1: return f.template operator()<2, 1>();
+        case 16 + 2: return f.template operator()<2, 2>();
+        case 24 + 1: return f.template operator()<3, 1>();
+        case 32 + 1: return f.template operator()<4, 1>();
+    }
+}
+
+// The largest divisor of n that is at most 16: how rows (or dwords of depth) of a block fill tiles.
+inline int tile_part(int64_t n) {
+    int64_t part = n < 16 ? n : 16;
+    while (n % part) --part;
+    return int(part);
+}
+
+// A tiles a_rows x depth dwords, B tiles depth x b_cols, C tiles a_rows x b_cols.
+inline TileConfig tile_config(int a_rows, int depth, int b_cols) {
+    TileConfig config;
+    for (int i = 0; i < 4; ++i) config.tile(i, a_rows, b_cols * 4);
+    for (int i = 4; i < 6; ++i) config.tile(i, a_rows, depth * 4);
+    for (int i = 6; i < 8; ++i) config.tile(i, depth, b_cols * 4);
+    return config;
+}
+
+SK_ISA_END
+#endif
