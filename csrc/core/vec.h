@@ -100,7 +100,8 @@ inline Vf vf_load_as(const void* p) {
         return (Vf)wide;
     } else if constexpr (T == Dtype::f16) {
 #if SK_LEVEL >= SK_AVX512
-        return (Vf)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+        // The masked form: g++ 12 warns about its own header's undefined source operand in the plain one.
+        return (Vf)_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256(static_cast<const __m256i*>(p)));
 #elif SK_LEVEL >= SK_AVX2
         return (Vf)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 #else
@@ -144,7 +145,7 @@ inline void vf_store_as(void* p, Vf v) {
 #endif
 #if SK_LEVEL >= SK_AVX512
     } else if constexpr (T == Dtype::f16) {
-        _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
+        _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)v, 0));
 #elif SK_LEVEL >= SK_AVX2
     } else if constexpr (T == Dtype::f16) {
         _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, 0));
