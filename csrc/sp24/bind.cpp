@@ -60,11 +60,10 @@ void bind_sp24(py::module_& m) {
         "sp24_check", [](uintptr_t meta, int64_t bytes) { return table().check(at<const uint8_t>(meta), bytes); },
         release());
     m.def(
-        "dense_gemv_bf16",
-        [](uintptr_t w, int64_t n, int64_t k, int64_t ld, uintptr_t x, int64_t tokens, int64_t ldx, uintptr_t y,
-           int64_t ldy, int threads) {
+        "dense_gemv_bf16",  // x [tokens, k], w [n, k], y [tokens, n], all contiguous
+        [](uintptr_t x, uintptr_t w, uintptr_t y, int64_t tokens, int64_t n, int64_t k, int threads) {
             constexpr sk::Dtype bf16 = sk::Dtype::bf16;
-            table().dense_gemv({at(w), bf16, n, k, ld}, {at(x), bf16, tokens, k, ldx}, {at(y), bf16, tokens, n, ldy},
+            table().dense_gemv({at(w), bf16, n, k, k}, {at(x), bf16, tokens, k, k}, {at(y), bf16, tokens, n, n},
                                threads);
         },
         release());
