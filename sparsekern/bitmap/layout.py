@@ -27,7 +27,7 @@ class Bitmap(Layout):
         """bool [N, K]: which weights are stored."""
         n, k = self.shape
         bit = torch.arange(8, dtype=torch.uint8, device=self.device)
-        return ((self.bits[:, :, None] >> bit) & 1).bool().reshape(n, -1)[:, :k]
+        return ((self.bits[:, :, None] >> bit) & 1).bool().flatten(1)[:, :k]
 
     def unpack(self) -> Tensor:
         dense = self.values.new_zeros(self.shape)
