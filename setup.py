@@ -92,7 +92,8 @@ def ninja_file(cxx: str, out: Path, objects: Path) -> str:
     for source in sorted((ROOT / "csrc").glob("*.cpp")) + sorted((ROOT / "csrc" / "core").glob("*.cpp")):
         edge(source, source.stem)
     for fmt in FORMATS:
-        edge(ROOT / "csrc" / fmt / "bind.cpp", f"{fmt}_bind")
+        for source in sorted((ROOT / "csrc" / fmt).glob("bind*.cpp")):
+            edge(source, f"{fmt}_{source.stem}")
     for isa in isas:
         for fmt in FORMATS:
             for source in sorted((ROOT / "csrc" / fmt).glob("host*.cpp")):

@@ -8,6 +8,7 @@
 namespace py = pybind11;
 
 void bind_csr(py::module_& m);
+void bind_conv(py::module_& m);
 void bind_bsr(py::module_& m);
 void bind_sp24(py::module_& m);
 void bind_bitmap(py::module_& m);
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_host, m) {
         throw py::value_error("unknown instruction set '" + name + "'");
     });
     bind_csr(m);
+    bind_conv(m);
     bind_bsr(m);
     bind_sp24(m);
     bind_bitmap(m);

@@ -1,0 +1,61 @@
+// What a convolution derives once from the places of its stored weights: tile boundaries and the transposed stream.
+// Compiled once, for any processor.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "conv.h"
+
+namespace sk {
+
+// segment[t * rows + n]: where tile t (columns from t * tile on) of row n begins; tiles + 1 lines of `rows`.
+inline void conv_segments(const int32_t* crow, const int32_t* col, int64_t rows, int64_t tile, int64_t tiles,
+                          int32_t* segment) {
+    for (int64_t n = 0; n < rows; ++n) {
+        int32_t i = crow[n];
+        for (int64_t t = 0; t < tiles; ++t) {
+            while (i < crow[n + 1] && col[i] < t * tile) ++i;
+            segment[t * rows + n] = i;
+        }
+        segment[tiles * rows + n] = crow[n + 1];
+    }
+}
+
+// The stream for the gradient of the input: rows (group, a, b, c) for phases a, b of the stride, columns (n, r, s) with
+// n within the group; ascending. crow_t has groups * stride_h * stride_w * (channels / groups) + 1 elements. gather_t
+// holds positions in `values`. Stored places beyond K (zeros by contract) are left out; returns how many remain.
+inline int64_t conv_transpose(const ConvGeometry& g, int64_t channels, const int32_t* crow, const int32_t* col,
+                              const int32_t* gather, int64_t rows, int32_t* crow_t, int32_t* col_t,
+                              int32_t* gather_t) {
+    const int64_t per_group = channels / g.groups, group_rows = rows / g.groups, area = g.kh * g.kw;
+    const int64_t phases = g.stride_h * g.stride_w, rows_t = g.groups * phases * per_group;
+    struct Place {
+        int64_t row, tap;
+    };
+    std::vector<Place> places(size_t(per_group * area));  // of each column, within its group
+    for (int64_t k = 0; k < per_group * area; ++k) {
+        const int64_t c = g.order == ConvOrder::crs ? k / area : k % per_group;
+        const int64_t tap = g.order == ConvOrder::crs ? k % area : k / per_group;
+        const int64_t a = tap / g.kw * g.dilation_h % g.stride_h, b = tap % g.kw * g.dilation_w % g.stride_w;
+        places[size_t(k)] = {(a * g.stride_w + b) * per_group + c, tap};
+    }
+    const int64_t k_end = per_group * area;
+    std::vector<int32_t> next(size_t(rows_t + 1), 0);
+    for (int64_t n = 0; n < rows; ++n)
+        for (int32_t i = crow[n]; i < crow[n + 1]; ++i)
+            if (col[i] < k_end) ++next[size_t(n / group_rows * phases * per_group + places[size_t(col[i])].row + 1)];
+    for (int64_t r = 0; r < rows_t; ++r) next[size_t(r + 1)] += next[size_t(r)];
+    for (int64_t r = 0; r <= rows_t; ++r) crow_t[r] = next[size_t(r)];
+    // Rows come in ascending order, and within one (n, channel) its taps do: every transposed row is ascending.
+    for (int64_t n = 0; n < rows; ++n)
+        for (int32_t i = crow[n]; i < crow[n + 1]; ++i) {
+            if (col[i] >= k_end) continue;
+            const Place& p = places[size_t(col[i])];
+            const int32_t at = next[size_t(n / group_rows * phases * per_group + p.row)]++;
+            col_t[at] = int32_t(n % group_rows * area + p.tap);
+            gather_t[at] = gather ? gather[i] : i;
+        }
+    return crow_t[rows_t];
+}
+
+}  // namespace sk
