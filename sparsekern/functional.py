@@ -56,6 +56,7 @@ def linear_operand(
 ) -> Tensor:
     """`linear` on an Operand: the way modules call it."""
     activation = activation or "none"
+    _check_is_dense(x)
     x, w, bias = _autocast(x, w, bias)
     _check_linear(w, x, bias, activation)
     n, k = w.dims[0], w.dims[1]
@@ -88,6 +89,7 @@ def _times(x: Tensor, w: SparseTensor, backend: str | None) -> Tensor:
     """x @ w for a sparse w, transposed or not."""
     if w.transposed:
         return linear(x, w.t(), backend=backend)
+    _check_is_dense(x)
     x, op, _ = _autocast(x, operand_of(w), None)
     n, k = op.dims[0], op.dims[1]
     _check_tokens(op, x, n, "N")
@@ -109,18 +111,23 @@ def _count(shape: torch.Size) -> int:
 
 def _autocast(x: Tensor, w: Operand, bias: Tensor | None) -> tuple[Tensor, Operand, Tensor | None]:
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
         return x, w, bias
     dtype = torch.get_autocast_dtype(device)
     values = w.values if w.values.dtype == torch.int8 else w.values.to(dtype)
     return x.to(dtype), w._replace(values=values), None if bias is None else bias.to(dtype)
 
 
-def _check_tokens(w: Operand, x: Tensor, last: int, letter: str) -> None:
+def _check_is_dense(x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a dense torch.Tensor, got {type(x).__name__}: {DENSE_ACTIVATIONS}")
+    if isinstance(x, SparseTensor):
+        raise TypeError(f"x must be dense, got a SparseTensor; only the weight may be sparse: {DENSE_ACTIVATIONS}")
     if x.layout != torch.strided:
         raise ValueError(f"x must be a dense (strided) tensor, got {x.layout}: {DENSE_ACTIVATIONS}")
+
+
+def _check_tokens(w: Operand, x: Tensor, last: int, letter: str) -> None:
     if x.dim() < 1 or x.shape[-1] != last:
         raise ValueError(
             f"x must have shape [..., {letter} = {last}] for a weight of shape {tuple(w.dims[:2])}, got {tuple(x.shape)}"

@@ -57,7 +57,7 @@ def random_weight(
     if format == "sp24":
         groups = -(-k // 4)
         ranks = torch.rand(n, groups, 4, generator=rng).argsort(-1).argsort(-1)
-        keep = (ranks < 2).reshape(n, -1)[:, :k]
+        keep = (ranks < 2).reshape(n, 4 * groups)[:, :k]
         if density < 0.5:
             keep = keep & (torch.rand(n, k, generator=rng) < 2 * density)
     elif format == "bsr":
@@ -129,7 +129,7 @@ def with_empty_rows(w: Tensor, share: float = 0.3, seed: int = 0) -> Tensor:
 
 # ||out - ref|| / ||ref|| that a correct kernel stays below, by the type of the output: inputs exactly
 # representable, float32 accumulation over up to a few thousand terms, one rounding at the end.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # A single entry may be this many times further off, measured against the root mean square of ref.
 OUTLIER = 10.0
 

@@ -1,0 +1,114 @@
+"""The `backend` fixture: a numerics test runs on the oracle and on every instruction set of the host kernels.
+
+A backend that gives a reason why it cannot run a case must raise it when it is asked for by name; such
+refusals are counted and listed at the end of the run, so that nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from sparsekern import _ext, dispatch
+from sparsekern._library import MM, MM_T, SDDMM
+from sparsekern.layout import Layout
+from sparsekern.testing import host_isa
+
+settings.register_profile(
+    "sparsekern",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("sparsekern")
+
+REFUSALS: Counter[str] = Counter()
+
+
+def host_isas() -> list[str]:
+    """The instruction sets that were built and that this processor has; none without the compiled module."""
+    if _ext.why_not_host() is not None:
+        return []
+    module = _ext.host()
+    return [name for name in module.built_isas() if name in module.supported_isas()]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute: the oracle, or the host kernels at one instruction set. Goes through torch.ops."""
+
+    name: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.isa is None else f"{self.name}[{self.isa}]"
+
+    def runs(self, op: str, layout: Layout, x: Tensor) -> bool:
+        """Whether it can run this case; where not, proves that it refuses with its reason, and notes it."""
+        reason = dispatch.why_not(self.name, op, layout, x)
+        if reason is None:
+            return True
+        with pytest.raises(NotImplementedError) as caught:
+            self._call(op, layout, x)
+        assert reason in str(caught.value)
+        assert f"{layout.format}_{op}" in str(caught.value)
+        REFUSALS[f"{self.name} {layout.format}_{op}: {reason}"] += 1
+        return False
+
+    def _call(self, op: str, layout: Layout, x: Tensor) -> Tensor:
+        n, k = layout.shape
+        if op == "mm":
+            return self.mm(layout, x)
+        if op == "mm_t":
+            return self.mm_t(layout, x.new_zeros(x.shape[0], n))
+        return self.sddmm(layout, x.new_zeros(x.shape[0], n), x.new_zeros(x.shape[0], k))
+
+    def mm(self, layout: Layout, x: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+        format, values, index, scale, dims = layout.operand
+        return MM[format](values, index, scale, dims, x, bias, activation, self.name)
+
+    def mm_t(self, layout: Layout, dy: Tensor) -> Tensor:
+        format, values, index, scale, dims = layout.operand
+        return MM_T[format](values, index, scale, dims, dy, self.name)
+
+    def sddmm(self, layout: Layout, dy: Tensor, x: Tensor) -> Tensor:
+        format, values, index, scale, dims = layout.operand
+        return SDDMM[format](values, index, scale, dims, dy, x, self.name)
+
+
+BACKENDS = [Backend("ref"), *(Backend("host", isa) for isa in host_isas())]
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with host_isa(request.param.isa):
+        yield request.param
+
+
+@pytest.fixture(params=[b for b in BACKENDS if b.name == "host"], ids=str)
+def host_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The host kernels only, at each instruction set."""
+    with host_isa(request.param.isa):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    """One thread unless a test asks for more: on a busy machine spinning threads cost more than they win."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if REFUSALS:
+        terminalreporter.section("cases that a backend refused, with its reason")
+        for line, count in sorted(REFUSALS.items()):
+            terminalreporter.line(f"{count:5d} x {line}")
