@@ -1,7 +1,7 @@
 """What a pruned weight looks like: which formats could store it, and what stands in the way.
 
 A weight has one or more K orders, the ways in which it is read as a matrix W[N, K]:
-- matrix [N, K]: "k" (as it is) and "n" (transposed: transformers' Conv1D keeps [in, out], pruned along dim 0);
+- matrix [N, K]: "k" (as it is) and "n" (transposed: transformers' Conv1D keeps [in, out], pruned on dim 0);
 - convolution [O, C, R, S]: "crs" (memory order: what pruning the flattened weight meets) and "rsc" (channels
   innermost: what hardware and ASP mean). They agree for 1x1 kernels only.
 
