@@ -14,7 +14,7 @@ from .modules import fill, weights_of
 from .weight import Weight
 from .write import Writer
 
-__all__ = ["Checkpoint", "Weight", "Writer", "load", "open_tensors", "read_weights", "save"]
+__all__ = ["Checkpoint", "Weight", "Writer", "headers", "load", "open_tensors", "read_weights", "save"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,7 +54,7 @@ def save(
         if tied is None:
             writer.add(weight)
         else:
-            writer.alias(weight.name, tied)
+            writer.alias(weight, tied)
     writer.close()
 
 
@@ -74,7 +74,7 @@ def load(path: Any, model: Any = None, *, strict: bool = True) -> Any:
     unexpected names if `strict`.
     """
     file = open_tensors(path)
-    records, aliases = _headers(file)
+    records, aliases = headers(file)
     weights: dict[str, Weight] = {}
     raw: dict[str, Tensor] = {}
     for found in recognise.find(file.keys(), records):
@@ -109,12 +109,13 @@ def read_weights(path: str | os.PathLike[str] | TensorFile) -> Iterator[Weight]:
     is broken raises ValueError.
     """
     file = path if isinstance(path, TensorFile) else open_tensors(path)
-    records, _ = _headers(file)
+    records, _ = headers(file)
     for found in recognise.find(file.keys(), records):
         yield from _read(file, found)
 
 
-def _headers(file: TensorFile) -> tuple[dict[str, native.Record], dict[str, str]]:
+def headers(file: TensorFile) -> tuple[dict[str, native.Record], dict[str, str]]:
+    """sparsekern's records of sparse weights and of tied names, from all of a checkpoint's files."""
     records: dict[str, native.Record] = {}
     aliases: dict[str, str] = {}
     for text in file.headers():

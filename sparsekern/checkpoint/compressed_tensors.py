@@ -152,7 +152,7 @@ def why_not_encode(weight: Weight, format: str) -> str | None:
 
 
 def encode(weight: Weight, format: str) -> dict[str, Tensor]:
-    """The tensors of a sparse matrix by key, in the later spelling (no "weight" in keys). Raises ValueError."""
+    """The tensors of a sparse matrix by key, in the later spelling (no "weight" in them)."""
     reason = why_not_encode(weight, format)
     if reason is not None:
         raise ValueError(f"weight {weight.name!r} cannot be written as {format}: {reason}")

@@ -48,7 +48,8 @@ class Weight:
             return self.tensor
         check_fits(self.name, self.shape, self.tensor.dtype)
         dense = self.tensor.detach().to_dense()
-        return dense if len(self.shape) == 2 else as_weight(dense, self.shape, self.order).contiguous()
+        matrix_only = len(self.shape) == 2
+        return (dense if matrix_only else as_weight(dense, self.shape, self.order)).contiguous()
 
 
 def check_fits(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -69,9 +69,12 @@ class Writer:
         self._bytes += size
         return size
 
-    def alias(self, name: str, target: str) -> None:
-        """`name` is tied to `target`, which was added."""
-        self._aliases[name] = target
+    def alias(self, weight: Weight, target: str) -> int:
+        """Takes a weight tied to `target`, which was added: by name where the form has names, else copied."""
+        if self.form != "sparsekern":
+            return self.add(weight)
+        self._aliases[weight.name] = target
+        return 0
 
     def _encode(self, weight: Weight) -> dict[str, Tensor]:
         if not weight.is_sparse or self.form == "dense":
@@ -90,9 +93,6 @@ class Writer:
         metadata = dict(self.metadata)
         if self.form == "sparsekern" and (self._records or self._aliases or not self._written):
             metadata[native.HEADER] = native.header(self._records, self._aliases)
-        else:
-            for name, target in self._aliases.items():
-                self._tensors[name] = self._tensors[target].clone()
         if self.torch_file:
             write_whole(self.path, lambda file: torch.save(self._tensors, file))
         elif not self.sharded:
