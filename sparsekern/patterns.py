@@ -1,7 +1,7 @@
 """What a pruned weight looks like: which formats could store it, and what stands in the way.
 
 A weight has one or more K orders, the ways in which it is read as a matrix W[N, K]:
-- matrix [N, K]: "k" (as it is) and "n" (transposed: transformers' Conv1D keeps [in, out], pruned along dim 0);
+- matrix [N, K]: "k" (as it is) and "n" (transposed: transformers' Conv1D keeps [in, out], pruned on dim 0);
 - convolution [O, C, R, S]: "crs" (memory order: what pruning the flattened weight meets) and "rsc" (channels
   innermost: what hardware and ASP mean). They agree for 1x1 kernels only.
 
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .layout import FLOATS
 
 BLOCKS = (16, 32, 64)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -241,3 +243,69 @@ def _nonfinite(weight: Tensor) -> int:
     if bool(torch.isfinite(weight.sum(dtype=torch.float64 if weight.itemsize == 8 else torch.float32))):
         return 0  # a NaN or an infinity would have reached the sum
     return int((~torch.isfinite(weight)).count_nonzero())
+
+
+# Which format suits
+
+CSR_BELOW = 0.2  # density under which a column index a nonzero is cheaper to run than a bit a weight
+BLOCK_WASTE = 1.34  # stored / nonzero up to which whole blocks are worth their zeros
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """The format that suits a weight's zeros, or None and the reason why it had better stay dense."""
+
+    format: str | None
+    order: str
+    block: int | None
+    reason: str
+
+
+def suggest(found: Patterns, min_sparsity: float = 0.4) -> Suggestion:
+    """The format for a weight by its zeros alone; what is fastest on a machine only a measurement can say.
+
+    Blocks where they hold few zeros, else 2:4 where it is exact, else bitmap, or csr below a density of 0.2;
+    dense where fewer than `min_sparsity` of the weights are zero or the format would take more bytes.
+    """
+    own = found.orders[0].name
+    if found.dtype not in FLOATS:
+        return Suggestion(None, own, None, f"no format stores {str(found.dtype).removeprefix('torch.')}")
+    if not found.nonzeros:
+        return Suggestion(None, own, None, "all of it is zero" if found.size else "it is empty")
+    if 1 - found.density < min_sparsity and not any(o.is_24 for o in _along_k(found)):
+        return Suggestion(None, own, None, _too_dense(found, min_sparsity))
+    chosen = _choose(found, min_sparsity)
+    if chosen.format is not None:
+        size, dense = found.nbytes(chosen.format, chosen.block or 32, chosen.order), found.nbytes("dense")
+        if size >= dense:
+            reason = f"{chosen.format} would take {size} bytes, dense takes {dense}"
+            return Suggestion(None, own, None, reason)
+    return chosen
+
+
+def _along_k(found: Patterns) -> tuple[Order, ...]:
+    """The orders that a product can run along; a matrix that is 2:4 along N only is none."""
+    return tuple(o for o in found.orders if o.name != "n")
+
+
+def _choose(found: Patterns, min_sparsity: float) -> Suggestion:
+    orders = _along_k(found)
+    for block in sorted(orders[0].blocks, reverse=True):
+        best = min(orders, key=lambda o: o.blocks[block])
+        share = best.blocks[block]
+        if share <= BLOCK_WASTE * found.density and share <= 1 - min_sparsity:
+            return Suggestion(
+                "bsr", best.name, block, f"{share:.0%} of the {block}x{block} blocks hold a nonzero"
+            )
+    exact = next((o.name for o in orders if o.is_24), None)
+    if exact is not None and found.density >= CSR_BELOW:
+        return Suggestion("sp24", exact, None, f"exactly 2:4 along {exact}")
+    format = "bitmap" if found.density >= CSR_BELOW else "csr"
+    return Suggestion(format, orders[0].name, None, f"unstructured, {1 - found.density:.0%} zeros")
+
+
+def _too_dense(found: Patterns, min_sparsity: float) -> str:
+    zeros = 1 - found.density
+    reason = f"{zeros:.1%} zeros, fewer than {min_sparsity:.0%}" if zeros else "no zeros"
+    transposed = next((o for o in found.orders if o.name == "n" and o.is_24), None)
+    return f"{reason}; 2:4 along dim 0 only" if transposed is not None and found.density <= 0.5 else reason
