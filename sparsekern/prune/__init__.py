@@ -2,21 +2,16 @@
 
 from . import score
 from .apply import magnitude_
-from .find import Found, find
 from .mask import Mask, finalize_, mask_of, set_mask
-from .pattern import NM, Block, Pattern, Unstructured, as_matrix, from_matrix
+from .pattern import NM, Block, Pattern, Unstructured
 
 __all__ = [
     "NM",
     "Block",
-    "Found",
     "Mask",
     "Pattern",
     "Unstructured",
-    "as_matrix",
     "finalize_",
-    "find",
-    "from_matrix",
     "magnitude_",
     "mask_of",
     "score",

@@ -15,26 +15,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import patterns
 from . import score
 
-ORDERS = ("crs", "rsc")
+ORDERS = patterns.order_names(4)
 
 
-def as_matrix(weight: Tensor, order: str = "crs") -> Tensor:
-    """A weight [N, C, ...] as W[N, K] with K in the given order; a matrix is returned as it is."""
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if weight.dim() < 2:
-        raise ValueError(f"a weight must have at least two dimensions [N, K], got shape {tuple(weight.shape)}")
-    return (weight if order == "crs" else weight.movedim(1, -1)).flatten(1)
+def _matrix(weight: Tensor, order: str = "crs") -> Tensor:
+    """A weight [N, C, ...] as W[N, K]; a matrix has one order only and is returned as it is."""
+    return weight if weight.dim() == 2 else patterns.as_matrix(weight, order)
 
 
-def from_matrix(matrix: Tensor, shape: Sequence[int], order: str = "crs") -> Tensor:
-    """The weight of the given shape behind its matrix: the inverse of `as_matrix`."""
-    if order == "crs":
-        return matrix.reshape(tuple(shape))
-    n, c, *taps = shape
-    return matrix.reshape(n, *taps, c).movedim(-1, 1)
+def _weight(matrix: Tensor, shape: tuple[int, ...], order: str = "crs") -> Tensor:
+    return matrix if len(shape) == 2 else patterns.as_weight(matrix, shape, order)
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class NM(Pattern):
             raise ValueError(
                 f"keep={self.keep}, group={self.group} has sparsity {self.sparsity:g}, so sparsity={sparsity} cannot hold"
             )
-        matrix = as_matrix(scores, self.order)
+        matrix = _matrix(scores, self.order)
         rows = matrix if self.axis == 1 else matrix.t()
         n, k = rows.shape
         # Padding scores below every weight, so that a ragged group keeps real entries.
@@ -84,7 +77,7 @@ class NM(Pattern):
         best = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.keep]
         kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(1)[:, :k]
         kept = kept if self.axis == 1 else kept.t()
-        return from_matrix(kept, scores.shape, self.order)
+        return _weight(kept, scores.shape, self.order)
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.group}"
@@ -114,7 +107,7 @@ class Unstructured(Pattern):
     def mask(self, scores: Tensor, sparsity: float | None = None, p: float = 1.0) -> Tensor:
         share = _share(sparsity)
         if self.per == "row":
-            return from_matrix(_best(as_matrix(scores), share), scores.shape)
+            return _weight(_best(_matrix(scores), share), scores.shape)
         return _best(scores.reshape(1, -1), share).reshape(scores.shape)
 
     def masks(self, scores: Sequence[Tensor], sparsity: float | None) -> list[Tensor]:
@@ -154,12 +147,12 @@ class Block(Pattern):
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     def mask(self, scores: Tensor, sparsity: float | None = None, p: float = 1.0) -> Tensor:
-        matrix = as_matrix(scores, self.order)
+        matrix = _matrix(scores, self.order)
         (n, k), (r, c) = matrix.shape, self.block
         best = score.blocks(matrix, self.block, p)
         kept = _best(best.reshape(1, -1), _share(sparsity)).reshape(best.shape)
         whole = kept.repeat_interleave(r, 0).repeat_interleave(c, 1)[:n, :k]
-        return from_matrix(whole, scores.shape, self.order)
+        return _weight(whole, scores.shape, self.order)
 
     def __str__(self) -> str:
         return "x".join(str(b) for b in self.block)
