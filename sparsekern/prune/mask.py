@@ -63,7 +63,9 @@ def finalize_(model: nn.Module) -> nn.Module:
     for name, module in masked:
         if len(module.parametrizations["weight"]) > 1:  # type: ignore[union-attr, index, arg-type]
             kinds = ", ".join(type(step).__name__ for step in module.parametrizations["weight"])  # type: ignore[union-attr, index]
-            raise ValueError(f"{name or type(module).__name__}: the weight has several parametrizations ({kinds})")
+            raise ValueError(
+                f"{name or type(module).__name__}: the weight has several parametrizations ({kinds})"
+            )
     for _, module in masked:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     return model
