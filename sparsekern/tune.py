@@ -197,6 +197,11 @@ def save() -> None:
         del _unsaved[place]
 
 
+def discard() -> None:
+    """Keeps what was measured since the last `save` in this process only."""
+    _unsaved.clear()
+
+
 def clear() -> None:
     """Forgets every measurement, in this process and on disk."""
     for table in (_entries, _unsaved, _chosen):
@@ -256,6 +261,18 @@ def _replace(place: Path, content: Any) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def foreign_load() -> float:
+    """Cores' worth of other work during the last minute, beyond what is idle anyway; 0 where unknown."""
+    if not hasattr(os, "getloadavg"):
+        return 0.0
+    return max(0.0, os.getloadavg()[0] - max(os.cpu_count() or 1, torch.get_num_threads()))
 
 
 # Measuring --------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def convert_(
                 site.row.max_error = verify(site, trial, calls, tolerance)
                 chosen.append((site, trial))
         if policy == "measured":
-            tune.save()
+            notes += _finish_measuring()
     mapping = _mapping(chosen)
     root = replace_(model, mapping)
     rows = [entry.row if isinstance(entry, Site) else entry for entry in found]
@@ -306,6 +306,19 @@ def _bar(sites: list[Site], shown: bool) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task("", total=len(sites))
         yield lambda advance: bar.advance(task, advance)
+
+
+def _finish_measuring() -> list[str]:
+    """Keeps the measurements, unless other work on the machine makes them worth little."""
+    load = tune.foreign_load()
+    if load <= 0.5:
+        tune.save()
+        return []
+    tune.discard()
+    return [
+        f"Measured on a busy machine (other work takes about {load:.1f} of {tune.cores()} cores): the times are not kept; "
+        "measure again when it is quiet."
+    ]
 
 
 # Verifying and replacing ------------------------------------------------------------------------------------

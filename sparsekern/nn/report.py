@@ -226,47 +226,42 @@ class Report:
         if not rows:
             raise ValueError("the report has no layer to draw")
         rows = [r for r in self.rows if any(r is kept for kept in rows)]
-        figure = Figure(figsize=(12, 1.6 + 0.32 * len(rows)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        _bars(left, rows, [(r.dense_ms, r.sparse_ms, r.status == CONVERTED) for r in rows])
-        sizes = [
-            (r.bytes_before / 2**20, r.bytes_after / 2**20, r.status in (CONVERTED, SPARSE)) for r in rows
-        ]
-        _bars(right, rows, sizes)
-        left.set_yticks(range(len(rows)), [_short(r.layer) for r in rows], fontsize=8)
-        left.invert_yaxis()
-        left.set_xlabel("ms, all calls of the sample")
-        right.set_xlabel("MiB of the weight")
-        for i, r in enumerate(rows):
-            if r.speedup is not None and r.dense_ms is not None and r.sparse_ms is not None:
-                left.text(
-                    max(r.dense_ms, r.sparse_ms), i, f" {r.speedup:.2f}x {r.format}", va="center", fontsize=7
-                )
-        left.margins(x=0.18)
+        timed = any(r.dense_ms for r in rows)
+        figure = Figure(figsize=(12, 1.8 + 0.32 * len(rows)), layout="constrained")
+        panels = list(figure.subplots(1, 2, sharey=True)) if timed else [figure.subplots()]
+        if timed:
+            _bars(panels[0], [(r.dense_ms, r.sparse_ms, r.status == CONVERTED) for r in rows])
+            panels[0].set_xlabel("ms, all calls of the sample")
+            panels[0].margins(x=0.2)
+            for i, r in enumerate(rows):
+                if r.speedup is not None:
+                    label = f" {r.speedup:.2f}x {r.format}"
+                    panels[0].text(max(r.dense_ms or 0, r.sparse_ms or 0), i, label, va="center", fontsize=7)
+        sizes = [(r.bytes_before / 2**20, r.bytes_after / 2**20, r.status == CONVERTED) for r in rows]
+        _bars(panels[-1], [(before, after if taken else None, taken) for before, after, taken in sizes])
+        panels[-1].set_xlabel("MiB of the weight")
+        panels[0].set_yticks(range(len(rows)), [_short(r.layer) for r in rows], fontsize=8)
+        panels[0].invert_yaxis()
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
         t = self.totals()
         speed = f", {t['speedup']:.2f}x over all timed layers" if t["speedup"] is not None else ""
-        figure.suptitle(
-            f"sparsekern: {len(self.converted)} of {len(self.rows)} layers converted{speed}", fontsize=11
-        )
-        left.legend(loc="lower right", fontsize=8)
+        figure.suptitle(f"sparsekern: {len(self.converted)} of {len(self.rows)} layers converted{speed}", fontsize=11)
         figure.savefig(str(path), dpi=120)
         return Path(path)
 
 
-def _bars(axes: Any, rows: list[Row], pairs: list[tuple[float | None, float | None, bool]]) -> None:
+def _bars(axes: Any, pairs: list[tuple[float | None, float | None, bool]]) -> None:
     """Grey: dense; green: sparse, taken; hatched: sparse, not taken because dense was faster."""
-    at = range(len(rows))
+    at = range(len(pairs))
     axes.barh([i - 0.2 for i in at], [d or 0 for d, _, _ in pairs], 0.36, color="0.65", label="dense")
-    kinds = (
-        (True, "tab:green", None, "sparse, converted"),
-        (False, "white", "////", "best sparse, not taken"),
-    )
+    kinds = ((True, "tab:green", None, "sparse, converted"), (False, "white", "////", "best sparse, not taken"))
     for taken, colour, hatch, label in kinds:
         chosen = [(i, s) for i, (_, s, t) in zip(at, pairs, strict=True) if t == taken and s]
-        axes.barh(
-            [i + 0.2 for i, _ in chosen], [s for _, s in chosen], 0.36, color=colour, hatch=hatch, edgecolor="0.4",
-            linewidth=0.5, label=label if chosen else None,
-        )  # fmt: skip
+        if chosen:
+            where, size = zip(*chosen, strict=True)
+            style = {"color": colour, "hatch": hatch, "edgecolor": "0.4", "linewidth": 0.5, "label": label}
+            axes.barh([i + 0.2 for i in where], size, 0.36, **style)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -67,5 +67,17 @@ def finalize_(model: nn.Module) -> nn.Module:
                 f"{name or type(module).__name__}: the weight has several parametrizations ({kinds})"
             )
     for _, module in masked:
+        _own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     return model
+
+
+def _own_class(module: nn.Module) -> None:
+    """Gives a parametrized module a class of its own.
+
+    torch makes one when it registers a parametrization, but a deepcopy shares it, and removing the parametrization
+    from one of the two takes the `weight` property away from both.
+    """
+    cls = type(module)
+    own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, own)
