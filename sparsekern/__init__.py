@@ -1,11 +1,13 @@
 """sparsekern: pruned neural networks that are actually faster."""
 
+from . import prune, tune
 from .bitmap import Bitmap
 from .bsr import Bsr
 from .convert_dense import to_bitmap, to_block_sparse, to_csr, to_sparse_semi_structured
 from .csr import Csr
 from .functional import linear, matmul
 from .layout import Layout
+from .nn import Report, convert_, to_dense_
 from .sp24 import Sp24
 from .tensor import SparseTensor
 
@@ -16,12 +18,17 @@ __all__ = [
     "Bsr",
     "Csr",
     "Layout",
+    "Report",
     "Sp24",
     "SparseTensor",
+    "convert_",
     "linear",
     "matmul",
+    "prune",
     "to_bitmap",
     "to_block_sparse",
     "to_csr",
+    "to_dense_",
     "to_sparse_semi_structured",
+    "tune",
 ]

@@ -1,7 +1,8 @@
 """Which backend runs a call, and why the others do not: explicit > tuned > heuristic.
 
-An explicit backend never falls back: it runs or raises with its reason. Without one, the first backend of the
-format's list for the device that can run the call is taken; the oracle can run every call and is last.
+An explicit backend never falls back: it runs or raises with its reason. Without one, the backend that was
+measured fastest for such a call (tune.py) is taken; without a measurement, the first of the format's list for the
+device that can run the call. The oracle can run every call and is last.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from . import tune
 from .formats import FORMATS, backend_module
 from .layout import Layout
 
@@ -37,7 +39,12 @@ def choose(op: str, layout: Layout, x: Tensor, backend: str | None = None) -> Mo
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} cannot run {layout.format}_{op}: {reason}")
         return backend_module(layout.format, backend)
-    for name in FORMATS[layout.format].backends.get(x.device.type, ()):
+    names = FORMATS[layout.format].backends.get(x.device.type, ())
+    if len(names) > 1:
+        best = tune.backend_for(op, layout, x, names)
+        if best is not None and why_not(best, op, layout, x) is None:
+            return backend_module(layout.format, best)
+    for name in names:
         module = backend_module(layout.format, name)
         if module.why_not(op, layout, x) is None:
             return module

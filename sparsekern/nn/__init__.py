@@ -1,6 +1,8 @@
 """Drop-in modules with sparse weights, and the conversion of whole models."""
 
 from .base import SparseModule, dense_state_dict
+from .convert import convert_, to_dense_
 from .linear import SparseLinear
+from .report import Report
 
-__all__ = ["SparseLinear", "SparseModule", "dense_state_dict"]
+__all__ = ["Report", "SparseLinear", "SparseModule", "convert_", "dense_state_dict", "to_dense_"]
