@@ -1,8 +1,9 @@
 """A trained language model, pruned, converted, checked and measured: python -m bench.antiberty [--quick].
 
 AntiBERTy (Ruffolo et al., arXiv 2112.07782; MIT) is a 26 M-parameter BERT masked language model of antibody
-sequences. Its 48 encoder linears are pruned by magnitude, 2:4 and 50 % unstructured, without any fine-tuning, and
-converted. The converted model must compute what the pruned one computes; a disagreement ends the run with an error.
+sequences. Its 48 encoder linears are pruned by magnitude, 2:4 and 50 % unstructured, without any fine-tuning,
+and converted. The converted model must compute what the pruned one computes; a disagreement ends the run with
+an error.
 """
 
 from __future__ import annotations
@@ -27,24 +28,41 @@ from bench.wheels import ANTIBERTY
 from sparsekern.testing import Timing, measure, relative_error
 
 FOLDER = "antiberty/trained_models/"
-CLS, SEP, MASK, RESIDUES = 2, 3, 4, 5  # places in the vocabulary; residues are the 20 after the special tokens
+CLS, SEP, MASK, RESIDUES = (
+    2,
+    3,
+    4,
+    5,
+)  # places in the vocabulary; residues are the 20 after the special tokens
 PASSES = 7  # each residue is masked once, every seventh in one pass
 
-# Variable domains of three approved antibodies, typed from public knowledge of their INN sequences and not checked
-# against a database: good for comparing models with each other, nothing else.
+# Variable domains of three approved antibodies, typed from public knowledge of their INN sequences and not
+# checked against a database: good for comparing models with each other, nothing else.
 CHAINS = {
-    "trastuzumab VH": "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYYCSRWG"
-    "GDGFYAMDYWGQGTLVTVSS",
-    "trastuzumab VL": "DIQMTQSPSSLSASVGDRVTITCRASQDVNTAVAWYQQKPGKAPKLLIYSASFLYSGVPSRFSGSRSGTDFTLTISSLQPEDFATYYCQQHYTTPPTFGQ"
-    "GTKVEIK",
-    "adalimumab VH": "EVQLVESGGGLVQPGRSLRLSCAASGFTFDDYAMHWVRQAPGKGLEWVSAITWNSGHIDYADSVEGRFTISRDNAKNSLYLQMNSLRAEDTAVYYCAKVS"
-    "YLSTASSLDYWGQGTLVTVSS",
-    "adalimumab VL": "DIQMTQSPSSLSASVGDRVTITCRASQGIRNYLAWYQQKPGKAPKLLIYAASTLQSGVPSRFSGSGSGTDFTLTISSLQPEDVATYYCQRYNRAPYTFGQ"
-    "GTKVEIK",
-    "rituximab VH": "QVQLQQPGAELVKPGASVKMSCKASGYTFTSYNMHWVKQTPGRGLEWIGAIYPGNGDTSYNQKFKGKATLTADKSSSTAYMQLSSLTSEDSAVYYCARST"
-    "YYGGDWYFNVWGAGTTVTVSA",
-    "rituximab VL": "QIVLSQSPAILSASPGEKVTMTCRASSSVSYIHWFQQKPGSSPKPWIYATSNLASGVPVRFSGSGSGTSYSLTISRVEAEDAATYYCQQWTSNPPTFGGG"
-    "TKLEIK",
+    "trastuzumab VH": (
+        "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAED"
+        "TAVYYCSRWGGDGFYAMDYWGQGTLVTVSS"
+    ),
+    "trastuzumab VL": (
+        "DIQMTQSPSSLSASVGDRVTITCRASQDVNTAVAWYQQKPGKAPKLLIYSASFLYSGVPSRFSGSRSGTDFTLTISSLQPEDFATYYCQQ"
+        "HYTTPPTFGQGTKVEIK"
+    ),
+    "adalimumab VH": (
+        "EVQLVESGGGLVQPGRSLRLSCAASGFTFDDYAMHWVRQAPGKGLEWVSAITWNSGHIDYADSVEGRFTISRDNAKNSLYLQMNSLRAED"
+        "TAVYYCAKVSYLSTASSLDYWGQGTLVTVSS"
+    ),
+    "adalimumab VL": (
+        "DIQMTQSPSSLSASVGDRVTITCRASQGIRNYLAWYQQKPGKAPKLLIYAASTLQSGVPSRFSGSGSGTDFTLTISSLQPEDVATYYCQR"
+        "YNRAPYTFGQGTKVEIK"
+    ),
+    "rituximab VH": (
+        "QVQLQQPGAELVKPGASVKMSCKASGYTFTSYNMHWVKQTPGRGLEWIGAIYPGNGDTSYNQKFKGKATLTADKSSSTAYMQLSSLTSED"
+        "SAVYYCARSTYYGGDWYFNVWGAGTTVTVSA"
+    ),
+    "rituximab VL": (
+        "QIVLSQSPAILSASPGEKVTMTCRASSSVSYIHWFQQKPGSSPKPWIYATSNLASGVPVRFSGSGSGTSYSLTISRVEAEDAATYYCQQW"
+        "TSNPPTFGGGTKLEIK"
+    ),
 }
 
 
@@ -78,7 +96,7 @@ QUICK = Effort(tokens=(1, 128), chains=("trastuzumab VH", "adalimumab VL"), seco
 
 
 class Score(NamedTuple):
-    """exp(mean negative log-likelihood) of the masked residues, the share guessed right, and how many there were."""
+    """exp(mean negative log-likelihood) of the masked residues, the share guessed right, their count."""
 
     perplexity: float
     top1: float
@@ -98,7 +116,7 @@ def load() -> tuple[BertMLM, dict[str, int]]:
 
 
 def masked(sequence: str, vocabulary: dict[str, int]) -> tuple[Tensor, Tensor]:
-    """Tokens [PASSES, L + 2] with every PASSES-th residue masked, and which they are; each residue in one pass."""
+    """Tokens [PASSES, L + 2] with every PASSES-th residue masked, and which those are."""
     tokens = torch.tensor([CLS, *(vocabulary[residue] for residue in sequence), SEP])
     place = torch.arange(len(tokens)) - 1
     inside = (place >= 0) & (place < len(sequence))
@@ -107,12 +125,16 @@ def masked(sequence: str, vocabulary: dict[str, int]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score(model: nn.Module, vocabulary: dict[str, int], chains: dict[str, str], step: Callable[[], Any]) -> Score:
+def score(
+    model: nn.Module, vocabulary: dict[str, int], chains: dict[str, str], step: Callable[[], Any]
+) -> Score:
     """How well the model guesses masked residues."""
     loss, right, count = 0.0, 0, 0
     for sequence in chains.values():
         tokens, hidden = masked(sequence, vocabulary)
-        truth = torch.tensor([CLS, *(vocabulary[residue] for residue in sequence), SEP]).expand_as(tokens)[hidden]
+        truth = torch.tensor([CLS, *(vocabulary[residue] for residue in sequence), SEP]).expand_as(tokens)[
+            hidden
+        ]
         logits = model(tokens)[hidden].double()
         loss += float(nn.functional.cross_entropy(logits, truth, reduction="sum"))
         right += int((logits.argmax(-1) == truth).sum())
@@ -142,7 +164,9 @@ def sample(vocabulary: dict[str, int], count: int) -> Tensor:
 class Bench:
     """One study, from the dense model to the tables."""
 
-    def __init__(self, model: BertMLM, vocabulary: dict[str, int], study: Study, effort: Effort, console: Console):
+    def __init__(
+        self, model: BertMLM, vocabulary: dict[str, int], study: Study, effort: Effort, console: Console
+    ):
         self.study, self.effort, self.console, self.vocabulary = study, effort, console, vocabulary
         self.original = model
         self.dense = {name: pruned(model, study).to(dtype) for name, dtype in r.DTYPES.items()}
@@ -159,12 +183,14 @@ class Bench:
 
     def measured(self, dtype: str, tokens: Tensor) -> tuple[nn.Module, Any]:
         model, report = self._convert(self.dense[dtype], policy="measured", sample=tokens)
-        self.reports.append({"dtype": dtype, "tokens": tokens.numel(), "report": json.loads(report.to_json())})
+        self.reports.append(
+            {"dtype": dtype, "tokens": tokens.numel(), "report": json.loads(report.to_json())}
+        )
         return model, report
 
     @torch.no_grad()
     def check(self, model: nn.Module, dtype: str, what: str, tokens: Tensor) -> float:
-        """The relative error of the logits. fp32: 1e-4 at most; bf16: no worse than dense bf16, both against fp32."""
+        """The relative error of the logits. fp32: at most 1e-4; bf16: like dense bf16's, both against fp32."""
         exact = self.dense["fp32"](tokens)
         if dtype == "fp32":
             return r.require_close(what, model(tokens), exact, 1e-4)
@@ -174,7 +200,10 @@ class Bench:
     def quality(self) -> list[dict[str, Any]]:
         """Perplexity and size of every variant; the converted ones must agree with the pruned one."""
         chains = {name: CHAINS[name] for name in self.effort.chains}
-        variants: dict[str, nn.Module] = {"dense, as published": self.original, "pruned, stored dense": self.dense["fp32"]}
+        variants: dict[str, nn.Module] = {
+            "dense, as published": self.original,
+            "pruned, stored dense": self.dense["fp32"],
+        }
         variants |= {f"converted to {fmt}": self.always["fp32", fmt] for fmt in self.study.formats}
         variants |= {"pruned, stored dense, bf16": self.dense["bf16"]}
         variants |= {f"converted to {fmt}, bf16": self.always["bf16", fmt] for fmt in self.study.formats}
@@ -186,11 +215,13 @@ class Bench:
         expected = rows[1]["perplexity"]
         for row in rows[2 : 2 + len(self.study.formats)]:
             if abs(row["perplexity"] / expected - 1) > 1e-3:
-                raise r.Disagreement(f"{row['variant']}: perplexity {row['perplexity']:.5f}, pruned {expected:.5f}")
+                raise r.Disagreement(
+                    f"{row['variant']}: perplexity {row['perplexity']:.5f}, pruned {expected:.5f}"
+                )
         return rows
 
     def latency(self) -> list[dict[str, Any]]:
-        """Dense, always-sparse and measured conversion at every number of tokens, interleaved in one process."""
+        """Dense, always-sparse and measured conversion at every number of tokens, interleaved."""
         rows = []
         for count in self.effort.tokens:
             tokens = sample(self.vocabulary, count)
@@ -205,7 +236,9 @@ class Bench:
                     if name != "dense"
                 }
                 times = self._time(models, tokens)
-                rows.append({"tokens": count, "dtype": dtype, "times": times, "errors": errors, "report": report})
+                rows.append(
+                    {"tokens": count, "dtype": dtype, "times": times, "errors": errors, "report": report}
+                )
                 self.console.print(f"[dim]{count} tokens, {dtype}: measured[/dim]", highlight=False)
         return rows
 
@@ -226,7 +259,12 @@ def show_quality(rows: list[dict[str, Any]], study: Study, console: Console) -> 
             f"{study.title}: quality and size",
             ("model", "perplexity", "right", "file"),
             [
-                (row["variant"], f"{row['perplexity']:.4f}", f"{row['top1']:.1%}", f"{row['bytes'] / 1e6:.1f} MB")
+                (
+                    row["variant"],
+                    f"{row['perplexity']:.4f}",
+                    f"{row['top1']:.1%}",
+                    f"{row['bytes'] / 1e6:.1f} MB",
+                )
                 for row in rows
             ],
             f"{residues} masked residues of public antibody sequences; file: the whole model as safetensors",
@@ -252,8 +290,8 @@ def show_latency(rows: list[dict[str, Any]], study: Study, console: Console) -> 
             f"{study.title}: the whole model",
             (*headings, "sparse layers"),
             body,
-            f"{torch.get_num_threads()} threads, medians of interleaved runs; green and red: beyond the noise. 'always' stores "
-            "every encoder layer sparse, 'measured' keeps dense what is faster dense at this number of tokens.",
+            f"{torch.get_num_threads()} threads, medians of interleaved runs; green and red: beyond the noise. "
+            "'always' stores every encoder layer sparse, 'measured' keeps dense what is faster dense.",
         )
     )
 
@@ -278,14 +316,20 @@ def run(effort: Effort, console: Console, output: Path) -> None:
         console.print(f"downloading {ANTIBERTY.requirement} (97 MB, {ANTIBERTY.licence}) ...")
     model, vocabulary = load()
     parameters = sum(p.numel() for p in model.parameters())
-    console.print(f"AntiBERTy: {parameters / 1e6:.1f} M parameters, {len(model.layers)} layers, MIT licence", highlight=False)
+    console.print(
+        f"AntiBERTy: {parameters / 1e6:.1f} M parameters, {len(model.layers)} layers, MIT licence",
+        highlight=False,
+    )
     results = []
     for study in STUDIES:
         console.rule(f"AntiBERTy, {study.title}")
         bench = Bench(model, vocabulary, study, effort, console)
         quality = bench.quality()
         latency = bench.latency()
-        typical = max((row for row in latency if row["dtype"] == "fp32" and row["tokens"] <= 128), key=lambda row: row["tokens"])
+        typical = max(
+            (row for row in latency if row["dtype"] == "fp32" and row["tokens"] <= 128),
+            key=lambda row: row["tokens"],
+        )
         console.print(f"What the conversion chose for {typical['tokens']} tokens, fp32:")
         console.print(typical["report"])
         show_quality(quality, study, console)
@@ -296,9 +340,15 @@ def run(effort: Effort, console: Console, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two chains, two numbers of tokens, short timings")
-    parser.add_argument("--output", type=Path, default=r.ROOT / "demo_output", help="folder for antiberty.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two chains, two numbers of tokens, short timings"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=r.ROOT / "demo_output", help="folder for antiberty.json"
+    )
     args = parser.parse_args()
     run(QUICK if args.quick else FULL, r.console(), args.output)
 

@@ -1,7 +1,7 @@
 """A BERT masked language model in plain torch: the architecture of AntiBERTy, for its published weights.
 
-Post-norm encoder, absolute positions, exact gelu, decoder tied to the token embeddings (Devlin et al., 1810.04805;
-Ruffolo et al., 2112.07782). No attention mask: every batch holds sequences of one length.
+Post-norm encoder, absolute positions, exact gelu, decoder tied to the token embeddings (Devlin et al.,
+1810.04805; Ruffolo et al., 2112.07782). No attention mask: every batch holds sequences of one length.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ class Config:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Config:
         """Raises ValueError where the config describes another model than this one."""
-        for name, value in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("model_type", "bert")):
+        for name, value in (
+            ("hidden_act", "gelu"),
+            ("position_embedding_type", "absolute"),
+            ("model_type", "bert"),
+        ):
             if fields.get(name) != value:
                 raise ValueError(f"config: {name} must be {value!r}, got {fields.get(name)!r}")
         missing = [name for name in cls.__dataclass_fields__ if name not in fields]
@@ -119,11 +123,18 @@ _RENAMED = (
     ("cls.predictions.decoder.", "head.decoder."),
 )
 # The decoder's bias under a second name, a constant, and what the other tasks of the checkpoint use.
-_UNUSED = ("cls.predictions.bias", "bert.embeddings.position_ids", "bert.pooler.", "cls.species.", "cls.chain.", "cls.graft.")
+_UNUSED = (
+    "cls.predictions.bias",
+    "bert.embeddings.position_ids",
+    "bert.pooler.",
+    "cls.species.",
+    "cls.chain.",
+    "cls.graft.",
+)
 
 
 def from_checkpoint(config: Config, state: Mapping[str, Tensor]) -> BertMLM:
-    """The model with the weights of a transformers checkpoint; every key must be known and every weight present."""
+    """The model with the weights of a transformers checkpoint; no key unknown, no weight missing."""
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         if key.startswith(_UNUSED):

