@@ -183,14 +183,12 @@ class Bench:
 
     def measured(self, dtype: str, tokens: Tensor) -> tuple[nn.Module, Any]:
         model, report = self._convert(self.dense[dtype], policy="measured", sample=tokens)
-        self.reports.append(
-            {"dtype": dtype, "tokens": tokens.numel(), "report": json.loads(report.to_json())}
-        )
+        self.reports.append({"dtype": dtype, "tokens": tokens.numel(), "report": report.to_dict()})
         return model, report
 
     @torch.no_grad()
     def check(self, model: nn.Module, dtype: str, what: str, tokens: Tensor) -> float:
-        """The relative error of the logits. fp32: at most 1e-4; bf16: like dense bf16's, both against fp32."""
+        """The relative error of the logits. fp32: 1e-4 at most; bf16: like dense bf16's, against fp32."""
         exact = self.dense["fp32"](tokens)
         if dtype == "fp32":
             return r.require_close(what, model(tokens), exact, 1e-4)
@@ -239,17 +237,13 @@ class Bench:
                 rows.append(
                     {"tokens": count, "dtype": dtype, "times": times, "errors": errors, "report": report}
                 )
-                self.console.print(f"[dim]{count} tokens, {dtype}: measured[/dim]", highlight=False)
+                self.console.print(f"[dim]{count} tokens, {dtype}: measured[/dim]")
         return rows
 
     @torch.no_grad()
     def _time(self, models: dict[str, nn.Module], tokens: Tensor) -> dict[str, Timing]:
         calls = {name: (lambda m=model: m(tokens)) for name, model in models.items()}
         return measure(calls, repeats=200, seconds=self.effort.seconds)
-
-
-def kept_sparse(report: Any) -> int:
-    return sum(row.format not in (None, "dense") for row in report.rows)
 
 
 def show_quality(rows: list[dict[str, Any]], study: Study, console: Console) -> None:
@@ -281,7 +275,7 @@ def show_latency(rows: list[dict[str, Any]], study: Study, console: Console) -> 
         for name in names:
             own = row["times"][name]
             cells += [r.milliseconds(own), r.ratio(dense, own)]
-        body.append((*cells, str(kept_sparse(row["report"]))))
+        body.append((*cells, str(len(row["report"].converted))))
     headings = ["tokens", "type", "dense ms"]
     for name in names:
         headings += [f"{name} ms", "speed"]
@@ -290,7 +284,7 @@ def show_latency(rows: list[dict[str, Any]], study: Study, console: Console) -> 
             f"{study.title}: the whole model",
             (*headings, "sparse layers"),
             body,
-            f"{torch.get_num_threads()} threads, medians of interleaved runs; green and red: beyond the noise. "
+            f"{torch.get_num_threads()} threads, medians of interleaved runs; colour: beyond the noise. "
             "'always' stores every encoder layer sparse, 'measured' keeps dense what is faster dense.",
         )
     )
@@ -303,7 +297,7 @@ def as_json(bench: Bench, quality: list[dict[str, Any]], latency: list[dict[str,
             "dtype": row["dtype"],
             "times": {name: r.timing_json(t) for name, t in row["times"].items()},
             "errors": row["errors"],
-            "sparse_layers": kept_sparse(row["report"]),
+            "sparse_layers": len(row["report"].converted),
         }
         for row in latency
     ]
@@ -331,7 +325,7 @@ def run(effort: Effort, console: Console, output: Path) -> None:
             key=lambda row: row["tokens"],
         )
         console.print(f"What the conversion chose for {typical['tokens']} tokens, fp32:")
-        console.print(typical["report"])
+        r.show_report(console, typical["report"])
         show_quality(quality, study, console)
         show_latency(latency, study, console)
         results.append(as_json(bench, quality, latency))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -208,7 +207,7 @@ class Bench:
         for count in self.effort.images:
             images = self.digits.test[:count].contiguous(memory_format=torch.channels_last)
             chosen, report = self._convert(policy="measured", sample=images)
-            self.reports.append({"images": count, "report": json.loads(report.to_json())})
+            self.reports.append({"images": count, "report": report.to_dict()})
             models = {
                 "dense": self.dense,
                 **{f"always {fmt}": m for fmt, m in self.always.items()},
@@ -231,7 +230,7 @@ class Bench:
 
 def show(rows: list[dict[str, Any]], quality: list[dict[str, Any]], study: Study, console: Console) -> None:
     console.print(f"What the conversion chose for {rows[-1]['images']} images:")
-    console.print(rows[-1]["report"])
+    r.show_report(console, rows[-1]["report"])
     console.print(
         r.table(
             f"{study.title}: quality and size",
@@ -251,7 +250,7 @@ def show(rows: list[dict[str, Any]], quality: list[dict[str, Any]], study: Study
             cells += [r.milliseconds(row["times"][name]), r.ratio(dense, row["times"][name])]
         body.append(cells)
     threads = f"{torch.get_num_threads()} threads"
-    caption = f"fp32, {threads}, medians of interleaved runs; green and red: beyond the noise"
+    caption = f"fp32, {threads}, medians of interleaved runs; colour: beyond the noise"
     console.print(r.table(f"{study.title}: the whole network", headings, body, caption))
 
 

@@ -20,9 +20,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from sparsekern import _ext
+from sparsekern.nn.report import Report
 from sparsekern.testing import Timing, relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +111,12 @@ def ratio(base: Timing, own: Timing) -> str:
 
 def timing_json(t: Timing) -> dict[str, float]:
     return {"ms": t.median * 1e3, "p20": t.p20 * 1e3, "p80": t.p80 * 1e3, "n": t.n}
+
+
+def show_report(console: Console, report: Report) -> None:
+    """The per-layer table of a conversion."""
+    text = report.text(width=console.width, colour=console.is_terminal)
+    console.print(Text.from_ansi(text), soft_wrap=True)
 
 
 def bytes_on_disk(model: nn.Module) -> int:
