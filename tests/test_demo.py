@@ -222,8 +222,8 @@ def test_the_language_model_study(study: antiberty.Study, console: Console) -> N
 
 
 def spoil(model: nn.Module) -> None:
-    module = next(m for m in model.modules() if isinstance(m, SparseModule))
-    module.values.data.view(-1)[:8] += 3
+    module = [m for m in model.modules() if isinstance(m, SparseModule)][-1]
+    module.values.data.view(-1)[:64] += 3
 
 
 def test_a_wrong_conversion_ends_the_run(console: Console) -> None:
