@@ -4,7 +4,7 @@ from .bitmap import Bitmap
 from .bsr import Bsr
 from .convert_dense import to_bitmap, to_block_sparse, to_csr, to_sparse_semi_structured
 from .csr import Csr
-from .functional import linear, matmul
+from .functional import conv2d, linear, matmul
 from .layout import Layout
 from .sp24 import Sp24
 from .tensor import SparseTensor
@@ -18,6 +18,7 @@ __all__ = [
     "Layout",
     "Sp24",
     "SparseTensor",
+    "conv2d",
     "linear",
     "matmul",
     "to_bitmap",
