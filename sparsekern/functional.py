@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._library import MM, MM_T, SparseMM, SparseMMT
 from .conv import Geometry, conv2d_operand, padding_of
-from .conv.geometry import channels_last, order_number, pair
+from .conv.geometry import order_number, pair
 from .layout import FLOATS, Layout, Operand
 from .ref import ACTIVATIONS
 from .tensor import SparseTensor, values_of
@@ -118,10 +118,7 @@ def conv2d_geometry(
     x, w, bias = _autocast(x, w, bias)
     _check_conv(w, x, bias, geometry, activation)
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    if geometry.pointwise and channels_last(images):  # pixels are rows: the matrix product of the weight's own format
-        y = linear_operand(w, images.permute(0, 2, 3, 1), bias, activation, backend).permute(0, 3, 1, 2)
-    else:
-        y = conv2d_operand(w, images, bias, geometry, activation, backend)
+    y = conv2d_operand(w, images, bias, geometry, activation, backend)
     return y if x.dim() == 4 else y.squeeze(0)
 
 

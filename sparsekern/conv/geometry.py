@@ -34,7 +34,7 @@ class Geometry(NamedTuple):
     @property
     def pointwise(self) -> bool:
         """True where the convolution is a matrix product over pixels."""
-        return self[:11] == (1, 1, 1, 1, self.dilation_h, self.dilation_w, 0, 0, 0, 0, 1)
+        return self[:4] == (1, 1, 1, 1) and self[6:11] == (0, 0, 0, 0, 1)
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """The output's height and width."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from .._plan import plan
 from ..bitmap import Bitmap
 from ..bsr import Bsr
 from ..csr import Csr
+from ..formats import backend_module
 from ..layout import Layout
 from ..sp24 import Sp24
-from .geometry import Geometry, memory_format
+from .geometry import Geometry, channels_last, memory_format
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -159,9 +161,29 @@ def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, memory_format=memory_format(like))
 
 
+def _product(op: str, layout: Layout, x: Tensor, g: Geometry) -> ModuleType | None:
+    """The format's own kernels, where pixels are the rows of a matrix and those can run it."""
+    if not (g.pointwise and channels_last(x)):
+        return None
+    module = backend_module(layout.format, "host")
+    return module if module.why_not(op, layout, x) is None else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """channels_last images as a matrix of pixels, a view."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _as_images(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.reshape(like.shape[0], *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
+
+
 def conv2d(layout: Layout, x: Tensor, bias: Tensor | None, g: Geometry, activation: str) -> Tensor:
     """y = act(conv(x, W) + bias): x [B, C, H, W] -> [B, O, H', W'] in x's memory order."""
     x = _dense(x)
+    product = _product("mm", layout, x, g)
+    if product is not None:
+        return _as_images(product.mm(layout, _rows(x), bias, activation), x)
     y = _empty((x.shape[0], layout.shape[0], *g.out_size(*x.shape[2:])), x)
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
@@ -175,6 +197,9 @@ def conv2d(layout: Layout, x: Tensor, bias: Tensor | None, g: Geometry, activati
 def conv2d_input(layout: Layout, dy: Tensor, g: Geometry, height: int, width: int) -> Tensor:
     """dx, of the given height and width, from dy, in dy's memory order."""
     dy = _dense(dy)
+    product = _product("mm_t", layout, dy, g)
+    if product is not None:
+        return _as_images(product.mm_t(layout, _rows(dy)), dy)
     dx = _empty((dy.shape[0], layout.shape[1] // g.taps * g.groups, height, width), dy)
     weight = _input_plan(layout, g).arguments(layout.values)
     _ext.host().conv_backward_input(_geometry(g), _image(dy), _image(dx), weight, torch.get_num_threads())
@@ -184,6 +209,9 @@ def conv2d_input(layout: Layout, dy: Tensor, g: Geometry, height: int, width: in
 def conv2d_weight(layout: Layout, dy: Tensor, x: Tensor, g: Geometry) -> Tensor:
     """dW at the stored positions, like layout.values."""
     dy, x = _dense(dy), _dense(x)
+    product = _product("sddmm", layout, x, g)
+    if product is not None and channels_last(dy):
+        return product.sddmm(layout, _rows(dy), _rows(x))
     tiled = _forward_plan(layout, g)
     # Padding that no stream place stands for stays zero.
     whole = tiled.stream.col.numel() == layout.values.numel()
