@@ -5,9 +5,9 @@ from .bitmap import Bitmap
 from .bsr import Bsr
 from .convert_dense import to_bitmap, to_block_sparse, to_csr, to_sparse_semi_structured
 from .csr import Csr
-from .functional import linear, matmul
+from .functional import conv2d, linear, matmul
 from .layout import Layout
-from .nn import Report, convert_, to_dense_
+from .nn import Report, SparseConv2d, SparseLinear, convert_, to_dense_
 from .sp24 import Sp24
 from .tensor import SparseTensor
 
@@ -20,8 +20,11 @@ __all__ = [
     "Layout",
     "Report",
     "Sp24",
+    "SparseConv2d",
+    "SparseLinear",
     "SparseTensor",
     "convert_",
+    "conv2d",
     "linear",
     "matmul",
     "prune",

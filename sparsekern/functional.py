@@ -1,4 +1,4 @@
-"""The functions a user calls: check, choose, run. `linear` and `matmul` take a SparseTensor as their weight."""
+"""The functions a user calls: check, choose, run. Each takes a SparseTensor as its weight."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ._library import MM, MM_T, SparseMM, SparseMMT
+from .conv import Geometry, conv2d_operand, padding_of
+from .conv.geometry import order_number, pair
 from .layout import FLOATS, Layout, Operand
 from .ref import ACTIVATIONS
 from .tensor import SparseTensor, values_of
@@ -71,6 +73,56 @@ def linear_operand(
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
 
 
+def conv2d(
+    x: Tensor,
+    w: SparseTensor | Layout,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    backend: str | None = None,
+    *,
+    kernel_size: int | tuple[int, int] | None = None,
+    order: str = "crs",
+) -> Tensor:
+    """y = act(conv2d(x, W) + bias), as torch.nn.functional.conv2d, with sparse weights and dense activations.
+
+    x [B, C, H, W] or [C, H, W], contiguous or channels_last (the output has the same memory format); w the weight
+    [O, C / groups, kh, kw] flattened to W[O, K]: `order` says how K runs, "crs" (torch's flatten) or "rsc" (channels
+    innermost: what 2:4 pruning along channels gives). kernel_size may be left out for square kernels. padding: an
+    int, a pair, "same" or "valid". Types, activation, backend and errors as for `linear`.
+    """
+    op = operand_of(w)
+    _check_images(op, x)
+    channels = x.shape[-3] if x.dim() >= 3 else 0
+    taps = op.dims[1] * groups // channels if channels else 0
+    kernel = pair(round(taps**0.5) if kernel_size is None else kernel_size, "kernel_size", 1)
+    steps, spread = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    edges = padding_of(padding, kernel, steps, spread)
+    geometry = Geometry(*kernel, *steps, *spread, *edges, groups, order_number(order))
+    return conv2d_geometry(op, x, bias, geometry, activation, backend)
+
+
+def conv2d_geometry(
+    w: Operand,
+    x: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`conv2d` on an Operand and a Geometry: the way modules call it."""
+    activation = activation or "none"
+    _check_images(w, x)
+    x, w, bias = _autocast(x, w, bias)
+    _check_conv(w, x, bias, geometry, activation)
+    images = x if x.dim() == 4 else x.unsqueeze(0)
+    y = conv2d_operand(w, images, bias, geometry, activation, backend)
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
 def matmul(a: Tensor | SparseTensor, b: Tensor | SparseTensor, backend: str | None = None) -> Tensor:
     """a @ b where exactly one of them is sparse.
 
@@ -132,6 +184,10 @@ def _check_tokens(w: Operand, x: Tensor, last: int, letter: str) -> None:
         raise ValueError(
             f"x must have shape [..., {letter} = {last}] for a weight of shape {tuple(w.dims[:2])}, got {tuple(x.shape)}"
         )
+    _check_types(w, x)
+
+
+def _check_types(w: Operand, x: Tensor) -> None:
     if x.device != w.values.device:
         raise ValueError(f"x is on {x.device}, the weight on {w.values.device}")
     quantised = w.values.dtype == torch.int8
@@ -141,6 +197,33 @@ def _check_tokens(w: Operand, x: Tensor, last: int, letter: str) -> None:
 
 def _check_linear(w: Operand, x: Tensor, bias: Tensor | None, activation: str) -> None:
     _check_tokens(w, x, w.dims[1], "K")
+    _check_epilogue(w, x, bias, activation)
+
+
+def _check_images(w: Operand, x: Tensor) -> None:
+    _check_is_dense(x)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x must be images [B, C, H, W] or [C, H, W], got shape {tuple(x.shape)}")
+
+
+def _check_conv(w: Operand, x: Tensor, bias: Tensor | None, g: Geometry, activation: str) -> None:
+    (n, k), channels = w.dims[:2], x.shape[-3]
+    if g.groups < 1 or n % g.groups or channels % g.groups:
+        raise ValueError(f"groups must divide the {channels} input and {n} output channels, got {g.groups}")
+    if k != channels // g.groups * g.taps:
+        raise ValueError(
+            f"a weight of shape ({n}, {k}) does not fit {channels} channels in {g.groups} groups and a "
+            f"{g.kernel_h}x{g.kernel_w} kernel: K must be C / groups * kh * kw = {channels // g.groups * g.taps}"
+        )
+    if min(g.out_size(x.shape[-2], x.shape[-1])) < 1:
+        raise ValueError(f"images of {x.shape[-2]}x{x.shape[-1]} are smaller than the (dilated) kernel")
+    _check_types(w, x)
+    if x.dtype == torch.int8:
+        raise ValueError("convolutions take floating-point activations, got torch.int8")
+    _check_epilogue(w, x, bias, activation)
+
+
+def _check_epilogue(w: Operand, x: Tensor, bias: Tensor | None, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)} or None, got {activation!r}")
     if bias is not None:

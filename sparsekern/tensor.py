@@ -201,6 +201,14 @@ def _linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(x, w, bias)
 
 
+def _conv2d(
+    x: Any, w: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Tensor:
+    from . import functional
+
+    return functional.conv2d(x, w, bias, stride, padding, dilation, groups)
+
+
 def _matmul(a: Any, b: Any, *, out: None = None) -> Tensor:
     from . import functional
 
@@ -217,6 +225,7 @@ def _addmm(c: Tensor, a: Any, b: Any, *, beta: float = 1, alpha: float = 1, out:
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.linear: _linear,
+    torch.nn.functional.conv2d: _conv2d,
     torch.matmul: _matmul,
     torch.mm: _matmul,
     torch.Tensor.matmul: _matmul,

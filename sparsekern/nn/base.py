@@ -27,6 +27,7 @@ class SparseModule(nn.Module):
     values: nn.Parameter
     bias: nn.Parameter | None
     scale: Tensor | None
+    own_buffers: tuple[str, ...] = ()  # what else a subclass saves that a dense checkpoint does not have
 
     def __init__(self, packed: Layout, bias: Tensor | None, activation: str | None = None) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class SparseModule(nn.Module):
             packed = None
         if packed is not None:
             self._adopt(packed.map(lambda t: t.to(self.values.device)))
-        own = {prefix + name for name in names}
+        own = {prefix + name for name in (*names, *self.own_buffers)}
         rest = {key: value for key, value in state_dict.items() if key not in own and key != prefix + "weight"}
         missing: list[str] = []
         super()._load_from_state_dict(
@@ -189,7 +190,7 @@ def dense_state_dict(module: nn.Module) -> dict[str, Tensor]:
     for name, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, SparseModule):
             prefix = f"{name}." if name else ""
-            for part in ("values", *child._index_fields, "scale"):
+            for part in ("values", *child._index_fields, "scale", *child.own_buffers):
                 state.pop(prefix + part, None)
             state[prefix + "weight"] = child.dense_weight().detach()
     return state
