@@ -9,8 +9,12 @@
 namespace sk {
 
 // A sparse matrix W[rows, cols]. Values of row n are values[crow[n] .. crow[n + 1]), their columns ascend in col.
-// Tiled work walks W by row blocks and column tiles; `plan` is the index that csr_plan makes of (crow, col) for the
-// same `shift`, or null, and then it is made anew in every call that needs it.
+//
+// Tiled work walks W by row blocks and column tiles of 2^shift <= 256 columns. `plan` is the index that csr_plan makes
+// of (crow, col) for that shift; it depends on nothing else. Null: it is made anew in every call that needs it.
+// `stream` is a copy of the values in the order of the walk, made by csr_stream, or null. Reading it is half again as
+// fast as picking the pieces out of `values`, because it comes from memory as one run; but it is a copy, so it is for
+// weights that do not change.
 struct CsrMatrix {
     const void* values;
     Dtype dtype;
@@ -19,26 +23,34 @@ struct CsrMatrix {
     int64_t rows, cols;
     const void* plan;
     int shift;
+    const void* stream;
 };
 
-// One (row, column tile) piece of W: values[start .. start + count). A plan is an array of them, a group of
-// csr_block_rows(rows) for each (row block, column tile), block major; inside a group they ascend by count, so that
-// the trip count of the inner loop, which would mispredict once a row, changes a few times a group instead.
+// One (row, column tile) piece of W: values[start .. start + count). The segments of a (row block, column tile) form a
+// group, the groups go block by block. Inside a group segments ascend by count, so that the trip count of the inner
+// loop, which would mispredict once a row, changes a few times a group instead.
 struct CsrSegment {
     uint32_t start;
     uint16_t row;  // inside the row block
     uint16_t count;
 };
 
+inline constexpr int64_t kCsrMaxBlock = 512;
 inline int64_t csr_block_rows(int64_t rows) {
     const int64_t eighth = (rows / 8 + 31) / 32 * 32;
-    return eighth < 32 ? 32 : eighth > 256 ? 256 : eighth;
+    return eighth < 32 ? 32 : eighth > kCsrMaxBlock ? kCsrMaxBlock : eighth;
 }
+inline int64_t csr_blocks(int64_t rows) { return (rows + csr_block_rows(rows) - 1) / csr_block_rows(rows); }
 inline int64_t csr_tiles(int64_t cols, int shift) { return (cols + (int64_t(1) << shift) - 1) >> shift; }
-// Bytes of a plan. Shifts are 5 .. 15.
-inline int64_t csr_plan_bytes(int64_t rows, int64_t cols, int shift) {
-    const int64_t block = csr_block_rows(rows);
-    return (rows + block - 1) / block * block * csr_tiles(cols, shift) * int64_t(sizeof(CsrSegment));
+
+// A plan is three arrays, one behind the other: the segments; where each group begins in the order of the walk
+// (uint32, one per group); for every nonzero, in that order, its column inside the tile (uint8).
+inline int64_t csr_plan_segments(int64_t rows, int64_t cols, int shift) {
+    return csr_blocks(rows) * csr_block_rows(rows) * csr_tiles(cols, shift);
+}
+inline int64_t csr_plan_bytes(int64_t rows, int64_t cols, int64_t nnz, int shift) {
+    return csr_plan_segments(rows, cols, shift) * int64_t(sizeof(CsrSegment)) +
+           csr_blocks(rows) * csr_tiles(cols, shift) * 4 + nnz;
 }
 
 // y[M, rows] = act(x[M, cols] W^T * scale + bias).
@@ -75,7 +87,10 @@ struct CsrPack {
 };
 
 struct CsrTable {
-    void (*plan)(const CsrMatrix& w, CsrSegment* out, int threads);
+    // The shift of the plan that a product with m tokens wants; 0: mm uses none, mm_t and sddmm make a small one.
+    int (*shift)(int64_t m, int64_t rows, int64_t cols, int64_t nnz);
+    void (*plan)(const CsrMatrix& w, void* out, int threads);
+    void (*stream)(const CsrMatrix& w, void* out, int threads);
     void (*mm)(const CsrMm&);
     void (*mm_t)(const CsrMmT&);
     void (*sddmm)(const CsrSddmm&);

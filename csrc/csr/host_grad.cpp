@@ -8,13 +8,6 @@ namespace {
 constexpr int64_t kPacked = int64_t(64) << 20;  // bytes of packed dy at a time
 constexpr int kQueue = 64;                      // partial dot products that wait to be added up
 
-void pack(const Dense& x, int64_t token, int used, int64_t k0, int64_t count, int width, float* out) {
-    dispatch_float(x.dtype, [&]<Dtype T>() {
-        const char* from = static_cast<const char*>(x.data) + (token * x.ld + k0) * size_of(T);
-        pack_panel<T>(from, x.ld, used, count, width, out);
-    });
-}
-
 // Packs columns [0, x.cols) of panels [p0, p1) one after another.
 void pack_panels(const Dense& x, const Panels& panels, int64_t p0, int64_t p1, int threads, float* out) {
     constexpr int64_t kPiece = 512;
@@ -27,25 +20,29 @@ void pack_panels(const Dense& x, const Panels& panels, int64_t p0, int64_t p1, i
     });
 }
 
-// tile[col] += value * dy[row] for every nonzero of a group. `tile` is the address that column 0 would have.
+// tile[col] += value * dy[row] for every nonzero of a group.
 template <int NV, Dtype T>
-void scatter_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const float* dy, uintptr_t tile) {
-    constexpr uintptr_t kRow = NV * sizeof(Vf);
-    alignas(64) float buffer[T == Dtype::f32 ? 1 : 2048 + kLanes];
+void scatter_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const uint8_t* col, const float* dy,
+                   float* tile) {
+    constexpr int64_t kWidth = NV * kLanes, kAhead = 4;
+    alignas(64) float buffer[T == Dtype::f32 ? 1 : 256 + kLanes];
     for (int64_t i = 0; i < rows; ++i) {
+        const CsrSegment& later = s[std::min(i + kAhead, rows - 1)];
+        prefetch(dy + later.row * kWidth, kWidth * 4);
+        prefetch(static_cast<const char*>(w.values) + later.start * size_of(T), later.count * size_of(T));
         const int64_t count = s[i].count;
         const float* value = floats<T>(w.values, s[i].start, count, buffer);
-        const int32_t* col = w.col + s[i].start;
-        const float* row = dy + s[i].row * (NV * kLanes);
+        const float* row = dy + s[i].row * kWidth;
         Vf d[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) d[v] = vf_load(row + v * kLanes);
         for (int64_t j = 0; j < count; ++j) {
-            float* out = reinterpret_cast<float*>(tile + uintptr_t(uint32_t(col[j])) * kRow);
+            float* out = tile + col[j] * kWidth;
             const Vf f = vf_set(value[j]);
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) vf_store(out + v * kLanes, vf_load(out + v * kLanes) + f * d[v]);
         }
+        col += count;
     }
 }
 
@@ -53,9 +50,9 @@ void scatter_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const 
 // The partial sums of many nonzeros are queued as vectors, so that adding up their lanes is done kLanes at a time
 // whatever the lengths of the segments.
 template <int NV>
-void dot_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const float* dy, uintptr_t x, float* out,
+void dot_group(const CsrSegment* s, int64_t rows, const uint8_t* col, const float* dy, const float* x, float* out,
                bool first) {
-    constexpr uintptr_t kRow = NV * sizeof(Vf);
+    constexpr int64_t kWidth = NV * kLanes, kAhead = 4;
     alignas(64) Vf queue[kQueue];
     struct Run {
         uint32_t start, count;
@@ -84,7 +81,10 @@ void dot_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const floa
         queued = count_runs = 0;
     };
     for (int64_t i = 0; i < rows; ++i) {
-        const float* row = dy + s[i].row * (NV * kLanes);
+        const CsrSegment& later = s[std::min(i + kAhead, rows - 1)];
+        prefetch(dy + later.row * kWidth, kWidth * 4);
+        prefetch(out + later.start, later.count * 4);
+        const float* row = dy + s[i].row * kWidth;
         Vf d[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) d[v] = vf_load(row + v * kLanes);
@@ -92,9 +92,8 @@ void dot_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const floa
         while (left > 0) {
             if (queued == kQueue) flush();
             const int n = int(std::min<int64_t>(left, kQueue - queued));
-            const int32_t* col = w.col + start;
             for (int j = 0; j < n; ++j) {
-                const float* in = reinterpret_cast<const float*>(x + uintptr_t(uint32_t(col[j])) * kRow);
+                const float* in = x + col[j] * kWidth;
                 // Two chains: a single one would be NV multiply-adds long.
                 Vf a = d[0] * vf_load(in), b = {};
                 if constexpr (NV > 1) b = d[1] * vf_load(in + kLanes);
@@ -103,7 +102,7 @@ void dot_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const floa
                 queue[queued + j] = a + b;
             }
             runs[count_runs++] = {uint32_t(start), uint32_t(n)};
-            queued += n, start += n, left -= n;
+            queued += n, start += n, left -= n, col += n;
         }
     }
     if (queued) flush();
@@ -113,12 +112,13 @@ void dot_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const floa
 
 void csr_mm_t(const CsrMmT& given) {
     CsrMmT a = given;
-    const CsrMatrix& w = a.w;
+    CsrMatrix& w = a.w;
     if (a.dy.rows == 0 || w.cols == 0) return;
     if (int64_t(w.crow[w.rows]) * a.dy.rows < kSerialWork) a.threads = 1;
-    const Blocks blocks(w, plan_of(w, a.threads));
-    const Panels panels(a.dy.rows, 4);
-    const int64_t widest = 4 * kLanes;
+    const void* plan = plan_of(w, a.dy.rows, a.threads);
+    const Blocks blocks(w, plan);
+    const Panels panels(a.dy.rows);
+    const int64_t widest = kMaxVectors * kLanes;
     const int64_t chunk = std::max<int64_t>(1, kPacked / (std::max<int64_t>(w.rows, 1) * widest * 4));
     for (int64_t p0 = 0; p0 < panels.count; p0 += chunk) {
         const int64_t p1 = std::min(panels.count, p0 + chunk), origin = panels.token(p0);
@@ -133,13 +133,11 @@ void csr_mm_t(const CsrMmT& given) {
             const float* panel = dy + (panels.token(p) - origin) * w.rows;
             float* dx = static_cast<float*>(scratch(1, (size_t(nt) << blocks.shift) * 4));
             std::fill(dx, dx + size * nt, 0.0f);
-            const uintptr_t column0 = reinterpret_cast<uintptr_t>(dx) - uintptr_t(k0) * nt * 4;
             dispatch_values(w.dtype, [&]<Dtype T>() {
                 dispatch_width(panels.width(p), [&]<int NV>() {
-                    if constexpr (NV <= 4)
-                        for (int64_t b = 0; b < blocks.blocks; ++b)
-                            scatter_group<NV, T>(w, blocks.group(b, tile), blocks.rows_of(b),
-                                                 panel + b * blocks.block * nt, column0);
+                    for (int64_t b = 0; b < blocks.blocks; ++b)
+                        scatter_group<NV, T>(w, blocks.group(b, tile), blocks.rows_of(b),
+                                             blocks.columns + blocks.begin(b, tile), panel + b * blocks.block * nt, dx);
                 });
             });
             dispatch_float(a.dx.dtype, [&]<Dtype T>() {
@@ -153,13 +151,14 @@ void csr_mm_t(const CsrMmT& given) {
 
 void csr_sddmm(const CsrSddmm& given) {
     CsrSddmm a = given;
-    const CsrMatrix& w = a.w;
+    CsrMatrix& w = a.w;
     const int64_t nnz = w.crow[w.rows];
     char* values = static_cast<char*>(const_cast<void*>(w.values));
     if (nnz == 0) return;
     if (a.x.rows == 0) return std::fill(values, values + nnz * size_of(w.dtype), char(0));
     if (nnz * a.x.rows < kSerialWork) a.threads = 1;
-    const Blocks blocks(w, plan_of(w, a.threads));
+    const void* plan = plan_of(w, a.x.rows, a.threads);
+    const Blocks blocks(w, plan);
     const Panels panels(a.x.rows);
     // Partial sums over the panels are kept in float: in place, or beside a narrower output.
     float* out = w.dtype == Dtype::f32 ? reinterpret_cast<float*>(values)
@@ -179,12 +178,13 @@ void csr_sddmm(const CsrSddmm& given) {
             for (int64_t p = p0; p < p1; ++p) {
                 const int nt = panels.width(p) * kLanes;
                 const float* dyp = dy + (panels.token(p) - origin) * w.rows;
-                const uintptr_t xp = reinterpret_cast<uintptr_t>(x + (panels.token(p) - origin) * w.cols);
+                const float* xp = x + (panels.token(p) - origin) * w.cols;
                 dispatch_width(panels.width(p), [&]<int NV>() {
                     for (int64_t tile = 0; tile < blocks.tiles; ++tile)
                         for (int64_t b = n0 / blocks.block; b * blocks.block < n1; ++b)
-                            dot_group<NV>(w, blocks.group(b, tile), blocks.rows_of(b), dyp + b * blocks.block * nt, xp,
-                                          out, p == 0);
+                            dot_group<NV>(blocks.group(b, tile), blocks.rows_of(b),
+                                          blocks.columns + blocks.begin(b, tile), dyp + b * blocks.block * nt,
+                                          xp + blocks.tile_begin(tile) * nt, out, p == 0);
                 });
             }
         });

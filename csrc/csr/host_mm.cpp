@@ -4,24 +4,24 @@
 // - a few: every row of W gathers from the rows of x ("gather");
 // - up to one vector, or x small enough for L1: every row of W streams over a whole packed panel of x ("stream");
 // - more: row blocks x column tiles, so that the tile of the x panel stays in L1 and the accumulators in L2 ("tiled").
+#include <type_traits>
+
 #include "rows.h"
 
 SK_ISA_BEGIN
 namespace {
 
 constexpr int kGatherTokens = 2;
-constexpr int64_t kL1Panel = 32 << 10;     // bytes of x that a streaming row may touch at L1 speed
 constexpr int64_t kAccumulators = 1 << 20;  // bytes of accumulators that one task keeps in L2
 constexpr int64_t kPacked = int64_t(64) << 20;  // bytes of packed x at a time
 
-// acc[v] += sum_j value[j] * x[col[j]][v], x given as the address that column 0 would have. Narrow panels use several
-// sets of accumulators, because one multiply-add takes four cycles and two can start in each.
-template <int NV>
-inline void accumulate(Vf (&acc)[NV], const float* value, const int32_t* col, int64_t count, uintptr_t x) {
+// acc[v] += sum_j value[j] * x[col[j]][v]. Narrow panels use several sets of accumulators, because one multiply-add
+// takes four cycles and two can start in each.
+template <int NV, class Column>
+inline void accumulate(Vf (&acc)[NV], const float* value, const Column* col, int64_t count, const float* x) {
     constexpr int kSets = NV == 1 ? 8 : NV == 2 ? 4 : NV <= 4 ? 2 : 1;
-    constexpr uintptr_t kRow = NV * sizeof(Vf);
     const auto step = [&](Vf (&a)[NV], int64_t j) {
-        const float* row = reinterpret_cast<const float*>(x + uintptr_t(uint32_t(col[j])) * kRow);
+        const float* row = x + size_t(std::make_unsigned_t<Column>(col[j])) * (NV * kLanes);
         const Vf s = vf_set(value[j]);
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) a[v] += s * vf_load(row + v * kLanes);
@@ -46,38 +46,46 @@ inline void accumulate(Vf (&acc)[NV], const float* value, const int32_t* col, in
     }
 }
 
-inline void prefetch_segment(const CsrMatrix& w, const CsrSegment& s, const float* c, int64_t width) {
-    const char* values = static_cast<const char*>(w.values) + s.start * size_of(w.dtype);
-    for (int64_t b = 0; b < s.count * size_of(w.dtype); b += 64) __builtin_prefetch(values + b);
-    const char* col = reinterpret_cast<const char*>(w.col + s.start);
-    for (int64_t b = 0; b < s.count * 4; b += 64) __builtin_prefetch(col + b);
-    const char* row = reinterpret_cast<const char*>(c + s.row * width);
-    for (int64_t b = 0; b < width * 4; b += 64) __builtin_prefetch(row + b);
-}
-
-// One row block times one column tile: c[row] (+)= its segment times the tile.
+// One row block times one column tile: c[row] (+)= its segment times the tile x. The values come one segment behind
+// the other from `stream`, or from their places in w.values where that is null.
 template <int NV, Dtype T>
-void tile_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, uintptr_t x, float* c, bool first) {
+void tile_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const float* stream, const uint8_t* col,
+                const float* x, float* c, bool first) {
     constexpr int64_t kWidth = NV * kLanes, kAhead = 4;
-    alignas(64) float buffer[T == Dtype::f32 ? 1 : 2048 + kLanes];
+    alignas(64) float buffer[T == Dtype::f32 ? 1 : 256 + kLanes];
     for (int64_t i = 0; i < rows; ++i) {
-        if (i + kAhead < rows) prefetch_segment(w, s[i + kAhead], c, kWidth);
-        const int64_t start = s[i].start;
+        const CsrSegment& later = s[std::min(i + kAhead, rows - 1)];
+        prefetch(c + later.row * kWidth, kWidth * 4);
+        const int64_t count = s[i].count;
+        const float* value = stream;
+        if (stream) {
+            stream += count;
+        } else {
+            prefetch(static_cast<const char*>(w.values) + later.start * size_of(T), later.count * size_of(T));
+            value = floats<T>(w.values, s[i].start, count, buffer);
+        }
         float* out = c + s[i].row * kWidth;
         Vf acc[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) acc[v] = first ? Vf{} : vf_load(out + v * kLanes);
-        accumulate<NV>(acc, floats<T>(w.values, start, s[i].count, buffer), w.col + start, s[i].count, x);
+        accumulate<NV>(acc, value, col, count, x);
+        col += count;
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) vf_store(out + v * kLanes, acc[v]);
     }
 }
 
-void pack(const Dense& x, int64_t token, int used, int64_t k0, int64_t count, int width, float* out) {
-    dispatch_float(x.dtype, [&]<Dtype T>() {
-        const char* from = static_cast<const char*>(x.data) + (token * x.ld + k0) * size_of(T);
-        pack_panel<T>(from, x.ld, used, count, width, out);
-    });
+// The stream of one group as floats: in place, converted into scratch memory, or null where there is none.
+template <Dtype T>
+const float* group_stream(const CsrMatrix& w, const Blocks& blocks, int64_t b, int64_t tile) {
+    if (!w.stream) return nullptr;
+    const int64_t begin = blocks.begin(b, tile);
+    if constexpr (T == Dtype::f32) return static_cast<const float*>(w.stream) + begin;
+    const CsrSegment* s = blocks.group(b, tile);
+    int64_t count = 0;
+    for (int64_t i = 0; i < blocks.rows_of(b); ++i) count += s[i].count;
+    float* buffer = static_cast<float*>(scratch(5, size_t(count + kLanes) * 4));
+    return floats<T>(w.stream, begin, count, buffer);
 }
 
 // y[token .. token + used)[n0 .. n0 + count) from accumulators.
@@ -88,9 +96,10 @@ void unpack(const CsrMm& a, const float* c, int width, int64_t token, int used, 
     });
 }
 
-void tiled(const CsrMm& a) {
-    const CsrMatrix& w = a.w;
-    const Blocks blocks(w, plan_of(w, a.threads));
+void tiled(CsrMm& a) {
+    CsrMatrix& w = a.w;
+    const void* plan = plan_of(w, a.x.rows, a.threads);
+    const Blocks blocks(w, plan);
     const Panels panels(a.x.rows);
     const int64_t width = panels.width(0) * kLanes;  // of the widest
     const int64_t fit = (w.rows * (width + kLanes) * 4 + kAccumulators - 1) / kAccumulators;
@@ -125,12 +134,13 @@ void tiled(const CsrMm& a) {
                     pack(a.x, panels.token(p), panels.used(p), k0, blocks.tile_size(tile), nt, here);
                     x = here;
                 }
-                const uintptr_t column0 = reinterpret_cast<uintptr_t>(x) - uintptr_t(k0) * nt * 4;
                 dispatch_values(w.dtype, [&]<Dtype T>() {
                     dispatch_width(panels.width(p), [&]<int NV>() {
                         for (int64_t b = n0 / blocks.block; b * blocks.block < n1; ++b) {
                             float* cb = c + (b * blocks.block - n0) * nt;
-                            tile_group<NV, T>(w, blocks.group(b, tile), blocks.rows_of(b), column0, cb, tile == 0);
+                            tile_group<NV, T>(w, blocks.group(b, tile), blocks.rows_of(b),
+                                              group_stream<T>(w, blocks, b, tile),
+                                              blocks.columns + blocks.begin(b, tile), x, cb, tile == 0);
                             if (tile + 1 == blocks.tiles)
                                 unpack(a, cb, nt, panels.token(p), panels.used(p), b * blocks.block, blocks.rows_of(b));
                         }
@@ -161,8 +171,7 @@ void stream(const CsrMm& a) {
                         const int64_t end = w.crow[n + 1], step = T == Dtype::f32 ? int64_t(1) << 31 : kPiece;
                         for (int64_t j = w.crow[n]; j < end; j += step) {
                             const int64_t count = std::min(step, end - j);
-                            accumulate<NV>(acc, floats<T>(w.values, j, count, buffer), w.col + j, count,
-                                           reinterpret_cast<uintptr_t>(x));
+                            accumulate<NV>(acc, floats<T>(w.values, j, count, buffer), w.col + j, count, x);
                         }
                         float* out = c + (n - n0) % kRows * nt;
                         for (int v = 0; v < NV; ++v) vf_store(out + v * kLanes, acc[v]);

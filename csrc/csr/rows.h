@@ -9,6 +9,7 @@
 SK_ISA_BEGIN
 
 inline constexpr int kMaxVectors = 8;              // vectors in the widest panel: its accumulators fill half the registers
+inline constexpr int64_t kL1Panel = 32 << 10;       // bytes of x to be reused from L1
 inline constexpr int64_t kSerialWork = 1'500'000;  // multiply-adds below which one thread is fastest
 
 // Splits `tokens` into panels of at most kMaxVectors vectors, as even as can be.
@@ -63,29 +64,50 @@ struct Blocks {
     int64_t rows, cols, block, blocks, tiles;
     int shift;
     const CsrSegment* segments;
+    const uint32_t* begins;
+    const uint8_t* columns;
 
-    Blocks(const CsrMatrix& w, const CsrSegment* plan)
+    Blocks(const CsrMatrix& w, const void* plan)
         : rows(w.rows),
           cols(w.cols),
           block(csr_block_rows(w.rows)),
-          blocks((w.rows + block - 1) / block),
+          blocks(csr_blocks(w.rows)),
           tiles(csr_tiles(w.cols, w.shift)),
           shift(w.shift),
-          segments(plan) {}
+          segments(static_cast<const CsrSegment*>(plan)),
+          begins(reinterpret_cast<const uint32_t*>(segments + csr_plan_segments(w.rows, w.cols, w.shift))),
+          columns(reinterpret_cast<const uint8_t*>(begins + blocks * tiles)) {}
     int64_t rows_of(int64_t b) const { return std::min(block, rows - b * block); }
     const CsrSegment* group(int64_t b, int64_t tile) const { return segments + (b * tiles + tile) * block; }
+    int64_t begin(int64_t b, int64_t tile) const { return begins[b * tiles + tile]; }
     int64_t tile_begin(int64_t tile) const { return tile << shift; }
     int64_t tile_size(int64_t tile) const { return std::min(cols - (tile << shift), int64_t(1) << shift); }
 };
 
-void csr_plan(const CsrMatrix& w, CsrSegment* out, int threads);
+int csr_shift(int64_t m, int64_t rows, int64_t cols, int64_t nnz);
+void csr_plan(const CsrMatrix& w, void* out, int threads);
 
-// The caller's plan, or one made now in scratch memory.
-inline const CsrSegment* plan_of(const CsrMatrix& w, int threads) {
-    if (w.plan) return static_cast<const CsrSegment*>(w.plan);
-    auto* made = static_cast<CsrSegment*>(scratch(3, size_t(csr_plan_bytes(w.rows, w.cols, w.shift))));
+// The caller's plan, or one made now in scratch memory (w.shift then becomes the one it was made for).
+inline const void* plan_of(CsrMatrix& w, int64_t m, int threads) {
+    if (w.plan) return w.plan;
+    const int shift = csr_shift(m, w.rows, w.cols, w.crow[w.rows]);
+    w.shift = shift ? shift : 8;
+    w.stream = nullptr;
+    void* made = scratch(3, size_t(csr_plan_bytes(w.rows, w.cols, w.crow[w.rows], w.shift)));
     csr_plan(w, made, threads);
     return made;
+}
+
+// always_inline: g++ takes a function of nothing but prefetches for one without effect and drops its calls.
+[[gnu::always_inline]] inline void prefetch(const void* p, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
+}
+
+inline void pack(const Dense& x, int64_t token, int used, int64_t k0, int64_t count, int width, float* out) {
+    dispatch_float(x.dtype, [&]<Dtype T>() {
+        const char* from = static_cast<const char*>(x.data) + (token * x.ld + k0) * size_of(T);
+        pack_panel<T>(from, x.ld, used, count, width, out);
+    });
 }
 
 // Cuts rows [0, rows) at multiples of `unit` into `parts` ranges of about equal nonzeros: the first row of part p.
