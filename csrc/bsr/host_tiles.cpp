@@ -7,7 +7,10 @@ SK_ISA_BEGIN
 namespace {
 
 constexpr int64_t kChunkBytes = int64_t(1) << 20;  // packed tokens that stay in L2 while all weights pass by
+constexpr int64_t kSegmentBytes = int64_t(16) << 10;  // weights that stay in L1 while a chunk of tokens passes by
 constexpr int kTile = 16;
+
+inline void prefetch_l2(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
 // How a call is cut: `tiles` tiles of 16 tokens, `chunk` of them packed at a time.
 struct Chunks {
@@ -40,37 +43,110 @@ struct MmShape {
     int depth;        // dwords of a step
     int64_t steps;    // in a block
     int width;        // tokens in a B tile
+    const float *scale, *bias;
 };
 
+// 32 features of 16 tokens, c[feature][token] floats, as bf16 rows of y: whole cache lines, because a half of one
+// would be fetched twice. bias and scale are floats, padded to whole blocks; null where there are none.
+template <Act A>
+void finish_lines(const float* c, const float* scale, const float* bias, int64_t features, int64_t tokens, char* y,
+                  int64_t y_row) {
+    // After vcvtne2ps2bf16 the low half holds one feature, the high half the next: the words of a token side by side.
+    alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i pairs = _mm512_load_si512(kPairs);
+    const auto row = [&](int64_t f) {
+        Vf v = vf_load(c + f * kTile);
+        if (scale) v = v * scale[f];
+        if (bias) v = v + bias[f];
+        return (__m512)vf_act<A>(v);
+    };
+    __m512i r[16];
+    if (features > 16) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+            r[i] = _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(row(2 * i + 1), row(2 * i)));
+    } else {
+        for (int i = 0; i < 8; ++i)
+            r[i] = _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(row(2 * i + 1), row(2 * i)));
+        for (int i = 8; i < 16; ++i) r[i] = _mm512_setzero_si512();
+    }
+    transpose_dwords(r);
+    if (features >= 32 && tokens >= 16) {
+#pragma GCC unroll 16
+        for (int t = 0; t < 16; ++t) _mm512_storeu_si512(y + t * y_row, r[t]);
+    } else {
+        const __mmask32 valid = features >= 32 ? ~__mmask32(0) : (__mmask32(1) << features) - 1;
+        for (int t = 0; t < 16; ++t)
+            if (t < tokens) _mm512_mask_storeu_epi16(y + t * y_row, valid, r[t]);
+    }
+}
+
+// c: per token tile [rows][16].
+void finish_bf16(const Product& p, const float* scale, const float* bias, const float* c, int64_t rows, int64_t tiles,
+                 int64_t m0, int64_t n0, int64_t real) {
+    dispatch_act(p.epilogue.act, [&]<Act A>() {
+        for (int64_t t = 0; t < tiles; ++t, c += rows * kTile, m0 += kTile)
+            for (int64_t f = 0; f < real; f += 32)
+                finish_lines<A>(c + f * kTile, scale ? scale + n0 + f : nullptr, bias ? bias + n0 + f : nullptr,
+                                real - f, p.tokens() - m0, p.y_at(m0, n0 + f), p.y.ld * 2);
+    });
+}
+
+void mm_finish(const Product& p, const MmShape& s, float* c, int64_t rows, int64_t tiles, int64_t m0, int64_t n0,
+               int64_t real) {
+    if (p.y.dtype == Dtype::bf16) return finish_bf16(p, s.scale, s.bias, c, rows, tiles, m0, n0, real);
+    for (int64_t t = 0; t < tiles; ++t, c += rows * kTile, m0 += kTile)
+        finish(p, c, kTile, m0, least(kTile, p.tokens() - m0), n0, real);
+}
+
+// Blocks j0 .. j1 of MA row tiles from tile i on against NB token tiles; c: per token tile [rows][16], read back where
+// j0 > 0. Meanwhile `ahead` lines of what lies `distance` bytes behind each block are fetched into L2.
 template <class Dot, int MA, int NB>
-void mm_strip(const Walk& w, const MmShape& s, int64_t i, const char* b, int64_t b_next, float* c) {
+void mm_strip(const Walk& w, const MmShape& s, int64_t i, int64_t j0, int64_t j1, const char* b, int64_t b_next,
+              float* c, int64_t distance, int64_t ahead) {
     const int64_t b_row = s.width * 4, a_next = s.rows * w.a_row;
-    tiles_zero<MA, NB>();
-    for (int64_t j = 0; j < w.blocks; ++j) {
+    const int64_t c_down = int64_t(s.rows) * kTile * 4, c_right = c_down * MA, c_row = kTile * 4;
+    if (j0 == 0)
+        tiles_zero<MA, NB>();
+    else
+        tiles_load<MA, NB>(c, c_down, c_right, c_row);
+    for (int64_t j = j0; j < j1; ++j) {
         const char* a = w.a + j * w.a_block + i * a_next;
         const char* x = b + w.index[j] * w.depth * b_row;
+        for (int64_t l = 0; l < ahead; ++l) prefetch_l2(a + distance + l * 64);
         for (int64_t k = 0; k < s.steps; ++k)
             tile_step<Dot, MA, NB>(a + k * s.depth * 4, a_next, w.a_row, x + k * s.depth * b_row, b_next, b_row);
     }
-    tiles_store<MA, NB>(c, int64_t(s.rows) * NB * kTile * 4, kTile * 4, NB * kTile * 4);
+    tiles_store<MA, NB>(c, c_down, c_right, c_row);
 }
 
+// One group of blocks against token tiles t0 .. t1. Operands from L2 feed the tiles at a third of their speed, so a
+// segment of the weights that fits L1 meets all tokens before the next one, its sums kept in c.
 template <class Dot>
 void mm_group(const Product& p, const MmShape& s, int64_t g, const char* packed, int64_t tile_bytes, int64_t first,
               int64_t t0, int64_t t1) {
     const Walk w = walk_group(p, g, 1);
-    float* c = static_cast<float*>(scratch(2, 4 * kTile * kTile * sizeof(float)));
     for (int64_t i = 0; i < s.a_tiles;) {
-        const int64_t ma = least(s.a_tiles - i, t1 - t0 == 1 ? 4 : 2);
-        for (int64_t t = t0; t < t1;) {
-            const int64_t nb = least(t1 - t, 4 / ma);
-            dispatch_tiles(int(ma), int(nb), [&]<int MA, int NB>() {
-                mm_strip<Dot, MA, NB>(w, s, i, packed + t * tile_bytes, tile_bytes, c);
-            });
-            const int64_t n0 = g * p.outs() + i * s.rows, m0 = (first + t) * kTile;
-            finish(p, c, int(nb) * kTile, m0, least(nb * kTile, p.tokens() - m0), n0,
-                   least(ma * s.rows, p.total_outs() - n0));
-            t += nb;
+        const int64_t ma = least(s.a_tiles - i, t1 - t0 == 1 ? 4 : 2), rows = ma * s.rows;
+        float* c = static_cast<float*>(scratch(2, size_t((t1 - t0) * rows * kTile + 1024) * sizeof(float)));
+        const int64_t fit = kSegmentBytes / (rows * w.a_row), turns = ceil_div(t1 - t0, 4 / ma);
+        const int64_t segments = ma == 1 || turns == 1 ? 1 : ceil_div(w.blocks, fit < 1 ? 1 : fit);
+        const int64_t distance = w.blocks * w.a_block, ahead = ceil_div(rows * w.a_row, 64 * turns);
+        const int64_t n0 = g * p.outs() + i * s.rows, real = least(rows, p.total_outs() - n0);
+        for (int64_t segment = 0; segment < (segments ? segments : 1); ++segment) {
+            const int64_t j0 = segments ? w.blocks * segment / segments : 0;
+            const int64_t j1 = segments ? w.blocks * (segment + 1) / segments : 0;
+            for (int64_t t = t0; t < t1;) {
+                const int64_t nb = least(t1 - t, 4 / ma);
+                float* ct = c + (t - t0) * rows * kTile;
+                dispatch_tiles(int(ma), int(nb), [&]<int MA, int NB>() {
+                    mm_strip<Dot, MA, NB>(w, s, i, j0, j1, packed + t * tile_bytes, tile_bytes, ct,
+                                          distance + (t - t0) / (4 / ma) * ahead * 64, ahead);
+                });
+                if (j1 == w.blocks) mm_finish(p, s, ct, rows, nb, (first + t) * kTile, n0, real);
+                t += nb;
+            }
         }
         i += ma;
     }
@@ -81,6 +157,13 @@ void mm_tiles(const Product& p) {
     s.rows = tile_part(p.outs()), s.a_tiles = p.outs() / s.rows;
     s.depth = tile_part(p.depth()), s.steps = p.depth() / s.depth;
     for (s.width = 1; s.width < kTile && s.width < p.tokens();) s.width *= 2;
+    const int64_t outs = p.total_outs();
+    float* epilogue = static_cast<float*>(scratch(3, size_t(2 * outs + 64) * sizeof(float)));
+    if (p.epilogue.scale) s.scale = epilogue, std::memcpy(epilogue, p.epilogue.scale, size_t(outs) * 4);
+    if (p.epilogue.bias) {
+        s.bias = epilogue + outs + 32;
+        widen(epilogue + outs + 32, p.epilogue.bias, p.epilogue.bias_dtype, outs);
+    }
     const TileConfig config = tile_config(s.rows, s.depth, s.width);
     const Chunks c = cut(p, p.panel_depth() * s.width * 4);
     const int64_t size = size_of(p.x.dtype);

@@ -72,6 +72,16 @@ inline void tiles_zero() {
     unrolled<MA * NB>([]<int I> { tile_zero<I>(); });
 }
 
+template <int MA, int NB>
+inline void tiles_load(const float* c, int64_t c_down, int64_t c_right, int64_t c_row) {
+    unrolled<MA>([&]<int I> {
+        unrolled<NB>([&]<int J> {
+            tile_load<TileShape<MA, NB>::template kC<I, J>>(
+                reinterpret_cast<const char*>(c) + I * c_down + J * c_right, c_row);
+        });
+    });
+}
+
 // C tile (I, J) to c + I * c_down + J * c_right bytes, rows c_row bytes apart.
 template <int MA, int NB>
 inline void tiles_store(float* c, int64_t c_down, int64_t c_right, int64_t c_row) {
