@@ -4,12 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "intrin.h"
 #include "isa.h"
 #include "types.h"
-
-#if SK_LEVEL >= SK_AVX2
-#include <immintrin.h>
-#endif
 
 SK_ISA_BEGIN
 
