@@ -12,7 +12,8 @@ SK_ISA_BEGIN
 // Weights in one step of the float kernels: two vectors.
 inline constexpr int kChunk = 2 * kLanes;
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }       // to the second cache
+inline void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // to the first
 
 // ---- 2:4 metadata ------------------------------------------------------------------------------------------
 

@@ -131,7 +131,11 @@ void mm_picked(const Sp24& w, const Dense& x, const Dense& y, const Epilogue& e,
     decode(PickRows<T, false>{w, floats, width}, w.n, y, e, work, threads);
 }
 
+// Tokens from which panels are faster.
+constexpr int64_t kPanelTokens = kLanes + 1;
+
 void mm(const Sp24& w, const Dense& x, const Dense& y, const Epilogue& e, int threads) {
+    if (x.rows >= kPanelTokens) return sp24_mm_panels(w, x, y, e, threads);
 #if SK_LEVEL >= SK_AVX512_BF16
     if (w.dtype == Dtype::bf16) {
         const int64_t width = (w.k + 63) / 64 * 64;

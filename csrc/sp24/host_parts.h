@@ -4,6 +4,9 @@
 
 SK_ISA_BEGIN
 
+// mm for many tokens, see host_panel.cpp.
+void sp24_mm_panels(const Sp24& w, const Dense& x, const Dense& y, const Epilogue& e, int threads);
+
 int64_t sp24_pack(const Dense& w, void* values, uint8_t* meta, int threads);
 void sp24_pack_top2(const Dense& w, void* values, uint8_t* meta, int threads);
 void sp24_unpack(const Sp24& w, void* dense, int threads);
