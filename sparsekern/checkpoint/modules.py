@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..layout import Layout
 from ..nn.base import SparseModule
 from ..nn.linear import SparseLinear
 from ..tensor import SparseTensor, _wrap
-from .native import prefix_of
+from .native import ORDER_FLAG, prefix_of
 from .weight import Weight
 
 
@@ -20,7 +21,9 @@ def weights_of(source: nn.Module | Mapping[str, Any]) -> Iterator[tuple[Weight, 
     """(weight, the name of the weight it is tied to, or None) for all that a model or a state_dict holds."""
     state = source.state_dict() if isinstance(source, nn.Module) else dict(source)
     modules = dict(_sparse_modules(source)) if isinstance(source, nn.Module) else {}
-    owned = {prefix + part: prefix for prefix, m in modules.items() for part in m.packed.tensors()}
+    owned = {
+        prefix + part: prefix for prefix, m in modules.items() for part in (*m.packed.tensors(), ORDER_FLAG)
+    }
     first: dict[Any, str] = {}
     done: set[str] = set()
     for key, value in state.items():
@@ -69,8 +72,8 @@ def _identity(weight: Weight) -> Any:
 
 
 def fill(model: nn.Module, weights: Mapping[str, Weight], raw: Mapping[str, Tensor], strict: bool) -> None:
-    """Puts weights into a model, dense or sparse; nn.Linear and nn.Conv2d whose weight is sparse become
-    sparse.
+    """Puts weights into a model, dense or sparse; nn.Linear and nn.Conv2d become sparse
+    where their weight is.
 
     Shapes are compared before anything is changed. `raw` goes to load_state_dict as it is.
     """
@@ -78,20 +81,19 @@ def fill(model: nn.Module, weights: Mapping[str, Weight], raw: Mapping[str, Tens
     state: dict[str, Tensor] = dict(raw)
     swaps: dict[nn.Module, SparseModule] = {}
     parameters: list[tuple[nn.Module, str, SparseTensor]] = []
-    given: set[str] = set()  # keys of the new state_dict that need no loading
+    given: set[str] = set()  # keys that need no loading
     for name, weight in weights.items():
         owner, _, attribute = name.rpartition(".")
         module = modules.get(owner)
-        if not isinstance(weight.tensor, SparseTensor) or module is None:
-            state[name] = weight.dense()
-        elif attribute == "weight" and isinstance(module, SparseModule):
+        if attribute == "weight" and isinstance(module, SparseModule):
             _check_shape(name, weight, tuple(module.dense_shape))
             state.update(_for_sparse_module(name, weight, module))
-        elif attribute == "weight" and _convertible(module) and weight.order != "n":
+        elif not isinstance(weight.tensor, SparseTensor) or module is None:
+            state[name] = weight.dense()
+        elif attribute == "weight" and _convertible(module, weight):
             _check_shape(name, weight, tuple(module.weight.shape))
-            made = swaps.get(module) or _sparse_twin(module, weight)
-            swaps[module] = made
-            given.update(prefix_of(name) + part for part in made.packed.tensors())
+            swaps[module] = swaps.get(module) or _sparse_twin(module, weight)
+            state.update(_parts(name, weight))
         elif isinstance(getattr(module, attribute, None), SparseTensor):
             _check_shape(name, weight, tuple(getattr(module, attribute).shape))
             parameters.append((module, attribute, weight.tensor))
@@ -114,54 +116,64 @@ def fill(model: nn.Module, weights: Mapping[str, Weight], raw: Mapping[str, Tens
     _load(model, state, given, strict)
 
 
-def _sparse_conv() -> Any:
-    from .. import nn as sparse_nn
-
-    return getattr(sparse_nn, "SparseConv2d", None)
-
-
-def _convertible(module: nn.Module) -> bool:
-    """Exactly these classes: a subclass may read its weight in ways of its own."""
-    return type(module) is nn.Linear or (type(module) is nn.Conv2d and _sparse_conv() is not None)
-
-
 def _check_shape(name: str, weight: Weight, expected: tuple[int, ...]) -> None:
     if weight.shape != expected:
         raise ValueError(f"weight {name!r} has shape {weight.shape} in the file, {expected} in the model")
 
 
+def _parts(name: str, weight: Weight) -> dict[str, Tensor]:
+    """What the state_dict of a sparse module has for this weight."""
+    assert isinstance(weight.tensor, SparseTensor)
+    parts = {prefix_of(name) + part: t for part, t in weight.tensor.packed.tensors().items()}
+    if len(weight.shape) > 2:
+        parts[prefix_of(name) + ORDER_FLAG] = torch.tensor(weight.order == "rsc")
+    return parts
+
+
 def _for_sparse_module(name: str, weight: Weight, module: SparseModule) -> dict[str, Tensor]:
     """The parts where the module stores weights the same way; else the dense weight, which it packs."""
+    if isinstance(weight.tensor, SparseTensor) and weight.order != "n":
+        packed = weight.tensor.packed
+        same = packed.format == module.format and packed.dims == module.packed.dims
+        if same and (packed.scale is None) == (module.scale is None):
+            return _parts(name, weight)
+    dense = weight.dense()
+    try:
+        module.pack(dense)  # before anything is changed
+    except ValueError as error:
+        raise ValueError(
+            f"weight {name!r} does not fit the model's {module.format} module: {error}"
+        ) from None
+    return {name: dense}
+
+
+def _convertible(module: nn.Module, weight: Weight) -> bool:
+    """Exactly these classes, because a subclass may read its weight in ways of its own."""
     assert isinstance(weight.tensor, SparseTensor)
-    packed = weight.tensor.packed
-    same_order = len(weight.shape) == 2 or weight.order == getattr(module, "order", "crs")
-    quantised = (packed.scale is None) == (module.scale is None)
-    if (
-        packed.format == module.format
-        and packed.dims == module.operand.dims[: len(packed.dims)]
-        and same_order
-        and quantised
-    ):
-        return {prefix_of(name) + part: t for part, t in packed.tensors().items()}
-    return {name: weight.dense()}
+    if type(module) is nn.Conv2d:
+        return weight.tensor.packed.scale is None and len(weight.shape) == 4
+    return type(module) is nn.Linear and weight.order == "k" and len(weight.shape) == 2
 
 
 def _sparse_twin(module: nn.Module, weight: Weight) -> SparseModule:
+    """The sparse module in the place of a dense one, on its device and in its type."""
     assert isinstance(weight.tensor, SparseTensor)
     dense: Any = module
     packed: Layout = weight.tensor.packed
-    if dense.weight.device.type != "meta":
-        packed = packed.to(device=dense.weight.device)
-    if packed.dtype != torch.int8:
-        packed = packed.to(dtype=dense.weight.dtype)
+    device = "cpu" if dense.weight.device.type == "meta" else dense.weight.device
     if isinstance(module, nn.Linear):
+        packed = packed.to(device=device, dtype=None if packed.dtype == torch.int8 else dense.weight.dtype)
         made: SparseModule = SparseLinear.from_packed(packed)
-    else:
-        made = _sparse_conv().from_packed(packed, module, order=weight.order)
-    made.bias = dense.bias
-    if made.values.is_floating_point():
-        made.values.requires_grad_(dense.weight.requires_grad)
-    return made.train(module.training)
+        made.bias = dense.bias
+        made.values.requires_grad_(dense.weight.requires_grad and packed.dtype != torch.int8)
+        return made.train(module.training)
+    from ..nn.conv import SparseConv2d
+
+    shell = copy.copy(dense)
+    values = weight.dense().to(device=device, dtype=dense.weight.dtype)
+    shell._parameters = {**dense._parameters, "weight": nn.Parameter(values, dense.weight.requires_grad)}
+    block = packed.dims[2:] or 16
+    return SparseConv2d.from_dense(shell, format=packed.format, block_size=block, order=weight.order)
 
 
 def _check_state(model: nn.Module, state: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:

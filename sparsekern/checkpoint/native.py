@@ -5,7 +5,8 @@ A sparse weight "fc.weight" is kept as SparseModule keeps it: "fc.values" and th
 in canonical, row-independent, architecture-free order. The metadata entry "sparsekern" is the JSON text of
     {"version": 1, "weights": {"fc.weight": {format, shape, dims, order, dtype, prefix}}, "aliases": {}}
 with the shape that the model gives the weight, the layout's dims (N, K, and the block for bsr), the K order
-(see `sparsekern.patterns`) and the prefix of its tensors. `aliases` maps tied names to the one that is
+(see `sparsekern.patterns`) and the prefix of its tensors. A convolution also
+has "order_rsc", as SparseConv2d does. `aliases` maps tied names to the one that is
 stored.
 """
 
@@ -26,6 +27,7 @@ from .weight import Weight
 
 HEADER = "sparsekern"
 VERSION = 1
+ORDER_FLAG = "order_rsc"  # SparseConv2d's buffer
 LARGEST = 2**31 - 1  # no format indexes further
 
 
@@ -74,6 +76,8 @@ def encode(weight: Weight, taken: Container[str] = ()) -> tuple[dict[str, Tensor
     if any(prefix + field in taken for field in parts):
         prefix = f"{weight.name}."
     record = Record(packed.format, weight.shape, packed.dims, weight.order, dtype_name(packed.dtype), prefix)
+    if len(weight.shape) > 2:
+        parts[ORDER_FLAG] = torch.tensor(weight.order == "rsc")
     return {prefix + field: t for field, t in parts.items()}, record
 
 
@@ -139,6 +143,9 @@ def decode(name: str, record: Record, parts: dict[str, Tensor]) -> Weight:
             raise ValueError(f"dims {record.dims} are too few for format {record.format}") from None
         if packed.dims != record.dims:
             raise ValueError(f"dims {record.dims} are too many for format {record.format}")
+        flag = parts.get(ORDER_FLAG)
+        if flag is not None and (flag.numel() != 1 or bool(flag) != (record.order == "rsc")):
+            raise ValueError(f"{ORDER_FLAG} contradicts the header's order {record.order!r}")
         if dtype_name(packed.dtype) != record.dtype:
             raise ValueError(f"values are {dtype_name(packed.dtype)}, but the header says {record.dtype}")
         tensor = SparseTensor(packed, transposed=record.order == "n")

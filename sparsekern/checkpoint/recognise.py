@@ -63,6 +63,8 @@ def find(keys: Iterable[str], records: dict[str, native.Record]) -> list[Found]:
             raise ValueError(f"weight {name!r}: tensor {absent[0]!r} is missing or belongs to another weight")
         if record.dtype == "int8" and f"{record.prefix}scale" in free:
             parts["scale"] = f"{record.prefix}scale"
+        if len(record.shape) > 2 and record.prefix + native.ORDER_FLAG in free:
+            parts[native.ORDER_FLAG] = record.prefix + native.ORDER_FLAG
         take(name, f"sparsekern {record.format}", parts, record=record)
     for key in order:
         if key not in free:

@@ -257,10 +257,8 @@ def _print(facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         "torch sparse ms",
         "vs torch",
     )
-    made = show.table("Y = X W^T, medians [p20..p80]", headings, headings[3:5] + headings[6:])
-    for row in rows:
-        made.add_row(*_cells(row))
-    out.print(made)
+    cells = [_cells(row) for row in rows]
+    out.print(show.table("Y = X W^T, medians [p20..p80]", headings, cells, headings[3:5] + headings[6:]))
     out.print(
         f"{facts['processor']}, {facts.get('instruction_set', 'no compiled kernels')}, "
         f"{facts['threads']} threads, torch {facts['torch']}; ratios above 1: sparsekern is faster"

@@ -300,27 +300,22 @@ def _write_config(args: argparse.Namespace, rows: list[Row]) -> Path:
 def _print(args: argparse.Namespace, rows: list[Row], rest: int, files: list[str]) -> None:
     out = show.console()
     headings = ("weight", "shape", "dtype", "zeros", "stored as", "before", "after", "why")
-    table = show.table(f"{args.input} -> {args.output}", headings, ("zeros", "before", "after"))
-    for row in rows:
-        zeros = "" if row.density is None else f"{1 - row.density:.1%}"
-        stored = row.stored + (
-            f" ({row.order})" if row.stored != "dense" and row.order not in ("k", "crs") else ""
-        )
-        table.add_row(
-            row.name,
-            show.shape(row.shape),
-            row.dtype,
-            zeros,
-            stored,
-            show.size(row.before),
-            show.size(row.after),
-            row.reason,
-        )
-    out.print(table)
+    title = f"{args.input} -> {args.output}"
+    out.print(show.table(title, headings, map(_cells, rows), ("zeros", "before", "after")))
     before, after = sum(row.before for row in rows), sum(row.after for row in rows)
     sparse = sum(row.stored != "dense" for row in rows)
     share = f" ({after / before:.0%})" if before else ""
     out.print(
         f"{sparse} of {len(rows)} weights are sparse; {show.size(before)} -> {show.size(after)}{share}, "
-        f"other tensors {show.size(rest)}; wrote {', '.join(files)}"
+        f"other tensors {show.size(rest)}; wrote {', '.join(files)}",
+        markup=False,
     )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    zeros = "" if row.density is None else f"{1 - row.density:.1%}"
+    stored = row.stored + (
+        f" ({row.order})" if row.stored != "dense" and row.order not in ("k", "crs") else ""
+    )
+    sizes = (show.size(row.before), show.size(row.after))
+    return (row.name, show.shape(row.shape), row.dtype, zeros, stored, *sizes, row.reason)

@@ -41,27 +41,24 @@ def run(args: argparse.Namespace) -> int:
         show.print_json({"machine": facts, "backends": rows})
         return 0
     out = show.console()
-    facts_table = show.table("machine", ("", " "))
+    values = [", ".join(v) if isinstance(v, list) else str(v) for v in facts.values()]
+    names = [name.replace("_", " ") for name in facts]
+    facts_table = show.table("machine", ("", " "), zip(names, values, strict=True))
     facts_table.show_header = False
-    for name, value in facts.items():
-        facts_table.add_row(
-            name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value)
-        )
     out.print(facts_table)
-    device = "cpu" if facts["gpu"] is None else "cpu and cuda"
-    backend_table = show.table(
-        f"backends ({device})", ("format", "device", "backend", "runs", "does not run")
-    )
-    for row in rows:
-        runs = "; ".join(f"{op}: {' '.join(names)}" for op, names in row["runs"].items()) or "-"
-        same = set(map(tuple, row["runs"].values()))
-        if len(same) == 1 and list(row["runs"]) == list(OPS):
-            runs = f"{', '.join(OPS)}: {' '.join(next(iter(same)))}"
-        why = "; ".join(f"{_briefly(what)}: {reason}" for reason, what in row["why_not"].items())
-        backend_table.add_row(row["format"], row["device"], row["backend"], runs, why)
-    out.print(backend_table)
-    out.print(f"{dispatch_order()}")
+    headings = ("format", "device", "backend", "runs", "does not run")
+    out.print(show.table("backends", headings, map(_cells, rows)))
+    out.print(dispatch_order(), markup=False)
     return 0
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    runs = "; ".join(f"{op}: {' '.join(names)}" for op, names in row["runs"].items()) or "-"
+    same = set(map(tuple, row["runs"].values()))
+    if len(same) == 1 and list(row["runs"]) == list(OPS):
+        runs = f"{', '.join(OPS)}: {' '.join(next(iter(same)))}"
+    why = "; ".join(f"{_briefly(what)}: {reason}" for reason, what in row["why_not"].items())
+    return (row["format"], row["device"], row["backend"], runs, why)
 
 
 def _briefly(calls: list[str]) -> str:
@@ -164,9 +161,9 @@ def _row(format: str, device: str, backend: str) -> dict[str, Any]:
                 runs.setdefault(op, []).append(name)
             else:
                 why_not.setdefault(reason, []).append(f"{op} {name}")
-    everything = sum(map(len, why_not.values())) if not runs else -1
-    if len(why_not) == 1 and everything > 0:
-        why_not = {reason: ["all"] for reason in why_not}
+    missing = _ext.why_not_host() if backend == "host" else None
+    if not runs and (missing is not None or len(why_not) == 1):
+        why_not = {missing or next(iter(why_not)): ["all"]}
     return {"format": format, "device": device, "backend": backend, "runs": runs, "why_not": why_not}
 
 

@@ -186,10 +186,7 @@ def _print(file: str, device: str, entries: list[dict[str, Any]], others: int) -
         "decode",
         "prefill",
     )
-    table = show.table(f"{file}: {len(entries)} weights", headings, numbers)
-    for e in entries:
-        table.add_row(*_cells(e))
-    out.print(table)
+    out.print(show.table(f"{file}: {len(entries)} weights", headings, map(_cells, entries), numbers))
     stored = sum(e["bytes"] for e in entries)
     best = sum(_best_bytes(e) for e in entries)
     out.print(

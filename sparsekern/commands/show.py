@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 WIDE = 200  # columns of a table that goes to a file or a pipe
 
@@ -23,11 +24,15 @@ def progress_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def table(title: str, headings: Iterable[str], right: Iterable[str] = ()) -> Table:
-    """A table whose columns named in `right` are numbers."""
-    made, numbers = Table(title=title, title_justify="left", header_style="bold"), set(right)
+def table(
+    title: str, headings: Iterable[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()
+) -> Table:
+    """A table whose columns named in `right` are numbers. Text is shown as it is: names hold brackets."""
+    made, numbers = Table(title=Text(title), title_justify="left", header_style="bold"), set(right)
     for heading in headings:
         made.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
     return made
 
 
