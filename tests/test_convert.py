@@ -37,9 +37,15 @@ def pruned(*sizes: int, pattern: Any = "2:4", sparsity: float | None = None) -> 
     return model.eval()
 
 
+def blocky(size: int, block: int, density: float) -> torch.Tensor:
+    weight = rand(size, size)
+    return weight * sk.prune.Block(block).mask(weight.abs(), 1 - density)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "foreign_load", lambda: 0.0)
     tune.forget()
     yield
     tune.forget()
@@ -51,7 +57,9 @@ class Clock:
     def __init__(self, times: Callable[[str, int], float], spread: float = 0.0) -> None:
         self.times, self.spread, self.calls = times, spread, 0
 
-    def __call__(self, dense: Any, variants: dict[str, Any], *, m: int, seconds: float) -> dict[str, tune.Record]:
+    def __call__(
+        self, dense: Any, variants: dict[str, Any], *, m: int, seconds: float
+    ) -> dict[str, tune.Record]:
         self.calls += 1
         out = {}
         for name, call in variants.items():
@@ -82,9 +90,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
     ("weight", "text", "formats"),
     [
         (random_weight("sp24", 64, 64), "2:4", ["sp24", "csr", "bitmap"]),
-        (random_weight("csr", 64, 64, density=0.1), "unstructured", ["csr", "bitmap"]),
-        (random_weight("csr", 64, 64, density=0.05), "unstructured", ["csr"]),
-        (random_weight("bsr", 128, 128, density=0.25, block=32), "block 32", ["bsr", "csr", "bitmap"]),
+        (random_weight("csr", 64, 64, density=0.2), "unstructured", ["csr", "bitmap"]),
+        (random_weight("csr", 128, 128, density=0.08), "unstructured", ["csr"]),
+        (blocky(128, 32, 0.25), "block 32", ["bsr", "csr", "bitmap"]),
         (torch.ones(64, 64), "dense", []),
         (torch.zeros(64, 64), "all zero", ["sp24", "csr"]),
         (random_weight("sp24", 64, 64).t().contiguous(), "2:4 along N", ["csr", "bitmap"]),
@@ -115,7 +123,7 @@ def test_the_untimed_choice_follows_the_pattern() -> None:
         return chosen and str(chosen)
 
     assert first(random_weight("sp24", 64, 64)) == "sp24"
-    assert first(random_weight("bsr", 128, 128, density=0.2, block=64)) == "bsr 64x64"
+    assert first(blocky(256, 64, 0.25)) == "bsr 64x64"
     assert first(random_weight("csr", 64, 64, density=0.1)) == "csr"
     assert first(random_weight("csr", 64, 64, density=0.6)) == "bitmap"
     assert first(torch.ones(8, 8)) is None
@@ -263,7 +271,10 @@ def test_a_weight_that_is_not_24_is_named_and_nothing_changed() -> None:
     with torch.no_grad():
         model[1].weight[5, 8:12] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=r"1 of 3 weights.*\n  1: not 2:4: 1 of 512 groups, first row 5, group 2 .*1, 2, 3, 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 3 weights.*\n  1: not 2:4: 1 of 512 groups, first row 5, group 2 .*1, 2, 3, 4",
+    ):
         sk.convert_(model, "sp24", policy="always")
     assert all(type(m) is nn.Linear for m in model)
     report = sk.convert_(model, "sp24", policy="always", strict=False)
@@ -341,7 +352,7 @@ class Two(nn.Module):
     [
         (rand(3, 16), {"a": [(3, 1)], "b": []}),
         ((rand(3, 16), rand(3, 16)), {"a": [(3, 1)], "b": [(3, 1)]}),
-        ({"x": rand(2, 3, 16), "other": rand(6, 16)[None]}, {"a": [(6, 1)], "b": [(6, 1)]}),
+        ({"x": rand(2, 3, 16), "other": rand(1, 3, 16)}, {"a": [(6, 1)], "b": [(3, 1)]}),
         (UserDict(x=rand(4, 16)), {"a": [(4, 1)], "b": []}),
         (lambda model: [model(rand(5, 16)) for _ in range(3)], {"a": [(5, 3)], "b": []}),
         ([rand(3, 16), (rand(7, 16), rand(1, 16))], {"a": [(3, 1), (7, 1)], "b": [(1, 1)]}),
@@ -407,7 +418,9 @@ def test_equal_layers_are_measured_once_and_across_runs(clock) -> None:
 
 def test_convert_is_idempotent(clock) -> None:
     seen = clock(lambda format, m: 0.5e-3 if format == "csr" else 2e-3)
-    model = nn.Sequential(*pruned(64, 32), *pruned(32, 64, pattern="unstructured", sparsity=0.9), nn.Linear(64, 8))
+    model = nn.Sequential(
+        *pruned(64, 32), *pruned(32, 64, pattern="unstructured", sparsity=0.9), nn.Linear(64, 8)
+    )
     sk.prune.magnitude_(model[2], "2:4", keep_mask=False)
     options = {"sample": rand(4, 64), "progress": False, "filter_fn": None, "cache": False}
     first = sk.convert_(model, "auto", **options)
@@ -416,7 +429,9 @@ def test_convert_is_idempotent(clock) -> None:
     second = sk.convert_(model, "auto", **options)
     assert list(model) == kept
     assert seen.calls == timed
-    assert [row.status for row in second] == ["sparse" if r.status == "converted" else r.status for r in first]
+    assert [row.status for row in second] == [
+        "sparse" if r.status == "converted" else r.status for r in first
+    ]
     assert second["0"].reason == "sparse already"
 
 
@@ -547,7 +562,11 @@ def test_tied_linears_share_their_sparse_weight() -> None:
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.body, self.head = nn.Embedding(64, 32), nn.Linear(32, 32), nn.Linear(32, 64, bias=False)
+        self.embed, self.body, self.head = (
+            nn.Embedding(64, 32),
+            nn.Linear(32, 32),
+            nn.Linear(32, 64, bias=False),
+        )
         self.head.weight = self.embed.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -584,7 +603,9 @@ def test_attention_is_left_alone_and_still_runs() -> None:
         want = model(x)
         report = sk.convert_(model, sample=x, policy="always")
         assert torch.allclose(model(x), want, atol=1e-5)
-        assert torch.allclose(model(x, src_key_padding_mask=torch.zeros(2, 5, dtype=torch.bool)), want, atol=1e-5)
+        assert torch.allclose(
+            model(x, src_key_padding_mask=torch.zeros(2, 5, dtype=torch.bool)), want, atol=1e-5
+        )
     assert report["layers.0.self_attn.out_proj"].reason == "nn.MultiheadAttention reads its weight directly"
     assert report["layers.1.self_attn.in_proj_weight"].status == "skipped"
     assert {r.layer for r in report.converted} == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
@@ -633,7 +654,10 @@ class Lora(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.base_layer = pruned(32, 32)[0]
-        self.lora_A, self.lora_B = nn.ModuleDict({"default": nn.Linear(32, 4)}), nn.ModuleDict({"default": nn.Linear(4, 32)})
+        self.lora_A, self.lora_B = (
+            nn.ModuleDict({"default": nn.Linear(32, 4)}),
+            nn.ModuleDict({"default": nn.Linear(4, 32)}),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
@@ -690,7 +714,7 @@ def torch_sparse_weight() -> nn.Module:
         (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(32, 32))), "0", "parametrization _WeightNorm"),
         (lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(32, 32), "weight")), "0", "_Orthogonal"),
         (lambda: nn.Sequential(old_weight_norm()), "0", "hook recomputes it"),
-        (lambda: nn.Sequential(spectral_norm(nn.Linear(32, 32))), "0", "weight_u"),
+        (lambda: nn.Sequential(spectral_norm(nn.Linear(32, 32))), "0", "recomputed by a hook"),
         (lambda: nn.Sequential(Lora()), "0.base_layer", "part of the adapter Lora"),
         (lambda: nn.Sequential(Lora()), "0.lora_A.default", "part of the adapter Lora"),
         (Listed, "fc", "also held by the plain container Listed.plain"),
@@ -750,10 +774,12 @@ def report(clock) -> sk.Report:
         "a_rather_long_name_for_a_module_in_a_deep_model": nn.Sequential(*pruned(32, 64, pattern="unstructured", sparsity=0.6)),
         "left": nn.Linear(64, 64),
     })  # fmt: skip
+
     def sample(m: nn.Module) -> None:
         for block in m.values():
             for _ in range(2):
                 block(rand(4, block.in_features if isinstance(block, nn.Linear) else block[0].in_features))
+
     return sk.convert_(model, sample=sample, progress=False)
 
 
@@ -762,7 +788,7 @@ def test_the_table_fits_its_width(report: sk.Report, width: int) -> None:
     text = report.text(width)
     assert max(len(line) for line in text.splitlines()) <= width
     assert "\x1b" not in text
-    assert "encoder[bold]" in text.replace("\n", "").replace(" ", "")  # a name is no markup
+    assert "[bold].0" in text  # a name is no markup
     assert "2.00x" in text
     assert "1 converted, 2 dense" in text
     coloured = report.text(width, colour=True)
@@ -771,7 +797,13 @@ def test_the_table_fits_its_width(report: sk.Report, width: int) -> None:
 
 def test_the_table_says_what_was_done(report: sk.Report) -> None:
     text = str(report)
-    for part in ("sp24", "2:4", "unstructured", "dense is faster: best candidate csr at 0.67x", "dense weight: nothing to gain"):
+    for part in (
+        "sp24",
+        "2:4",
+        "unstructured",
+        "dense is faster: best candidate csr at 0.67x",
+        "dense weight: nothing to gain",
+    ):
         assert part in text
     totals = report.totals()
     assert totals["layers"] == {"converted": 1, "dense": 2, "skipped": 0, "sparse": 0}
