@@ -53,7 +53,9 @@ def test_scores_refuse_what_has_no_order() -> None:
     axis=st.sampled_from([0, 1]),
     seed=st.integers(0, 99),
 )
-def test_nm_keeps_the_best_of_every_group(n: int, k: int, keep: int, group: int, axis: int, seed: int) -> None:
+def test_nm_keeps_the_best_of_every_group(
+    n: int, k: int, keep: int, group: int, axis: int, seed: int
+) -> None:
     s = score.magnitude(rand(n, k, seed=seed))
     mask = NM(keep, group, axis=axis).mask(s)
     rows, kept = (s, mask) if axis == 1 else (s.t(), mask.t())
@@ -66,7 +68,9 @@ def test_nm_keeps_the_best_of_every_group(n: int, k: int, keep: int, group: int,
 
 def test_24_equals_the_packer_s_choice() -> None:
     w = rand(64, 72)
-    assert torch.equal(NM().mask(score.magnitude(w)), sk.to_sparse_semi_structured(w, prune=True).to_dense() != 0)
+    assert torch.equal(
+        NM().mask(score.magnitude(w)), sk.to_sparse_semi_structured(w, prune=True).to_dense() != 0
+    )
 
 
 @pytest.mark.parametrize("order", ["crs", "rsc"])
@@ -151,9 +155,9 @@ def test_the_mask_lasts_through_fine_tuning(make) -> None:
     loss_of = lambda: nn.functional.mse_loss(model(rand(64, 16, seed=1)), rand(64, 8, seed=2))  # noqa: E731
     loss_of().backward()
     optimizer.step()  # momentum that pulls at every weight
+    parameters = [id(p) for p in model.parameters()]
     prune.magnitude_(model, "2:4")
     kept = [model[i].weight.detach() != 0 for i in (0, 2)]
-    parameters = [id(p) for p in model.parameters()]
     before = loss_of().item()
     optimizer = make(model.parameters(), lr=0.05, **options)
     for _ in range(20):
@@ -200,7 +204,9 @@ def test_masks_are_saved_and_copied() -> None:
     prune.magnitude_(other, "2:4")
     other.load_state_dict(model.state_dict())
     assert torch.equal(other[0].weight, model[0].weight)
-    assert torch.equal(prune.finalize_(twin)[0].weight, model[0].weight)  # and the original still has its mask
+    assert torch.equal(
+        prune.finalize_(twin)[0].weight, model[0].weight
+    )  # and the original still has its mask
     assert prune.mask_of(model[0]) is not None
     assert type(twin[0]) is nn.Linear
 

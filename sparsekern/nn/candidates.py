@@ -17,6 +17,7 @@ from .linear import SparseLinear
 # Near 2:4: at most this share of the groups has a third nonzero, at about half density. A weight pruned to half at
 # random has 31 % such groups, so the line is far from both kinds.
 NEAR_VIOLATION, NEAR_DENSITY = 0.05, 0.4
+FULL_24 = 0.35  # below, a weight may be 2:4 by chance, and sp24 would store mostly zeros
 DENSE = 0.95  # above this density a weight counts as dense
 CSR_DENSITY, BITMAP_DENSITY = 0.7, (0.1, 0.8)
 BLOCK_SHARE, BLOCK_FILL = 0.75, 0.3  # most blocks stored, least density inside them
@@ -100,13 +101,13 @@ def describe(patterns: Patterns) -> str:
         return "all zero"
     conv = len(patterns.shape) > 2
     blocks, fits = best_blocks(patterns), exact(patterns)
-    if fits is not None and not (blocks and patterns.density < 0.45):
+    if fits is not None and patterns.density >= FULL_24:
         return "2:4" + (f" {fits.name}" if conv else "")
     if blocks:
         return f"block {blocks[0][0]}" + (f" {blocks[0][1].name}" if conv else "")
     if near(patterns):
         return f"near 2:4 ({100 * nearest(patterns).violation:.2g}% bad)"
-    if any(o.is_24 for o in patterns.orders):
+    if patterns.density >= FULL_24 and any(o.is_24 for o in patterns.orders):
         return "2:4 along N"
     return "dense" if patterns.density > DENSE else "unstructured"
 
@@ -163,10 +164,10 @@ def violation(patterns: Patterns) -> str:
 
 
 def first_suitable(patterns: Patterns, wanted: list[Candidate]) -> Candidate | None:
-    """The candidate to take without timing: 2:4 and blocks as they are, csr where few weights are left, else bitmap."""
+    """The candidate to take without timing: 2:4, blocks, csr where few weights are left, else bitmap."""
     by_format = {c.format: c for c in reversed(wanted)}
-    order = ["bsr", "sp24"] if patterns.density < 0.45 else ["sp24", "bsr"]
-    order += ["csr", "bitmap"] if patterns.density <= 0.3 else ["bitmap", "csr"]
+    order = ["csr", "bitmap"] if patterns.density <= 0.3 else ["bitmap", "csr"]
+    order = ["sp24", "bsr", *order] if patterns.density >= FULL_24 else ["bsr", *order, "sp24"]
     return next((by_format[name] for name in order if name in by_format), None)
 
 

@@ -14,6 +14,7 @@ from ..heuristic import predict
 from .base import SparseModule
 from .candidates import Candidate
 from .capture import Seen
+from .linear import SparseLinear
 from .report import Call
 from .survey import Site
 
@@ -44,21 +45,21 @@ class Trial:
 
 def backend_of(module: SparseModule, x: Tensor) -> tuple[str, str]:
     """The backend that will run a module on x, and why the faster ones do not (empty where one does)."""
-    own = getattr(module, "backend_for", None)  # convolutions know their kernels themselves
-    name = (
-        own(x)
-        if own is not None
-        else dispatch.choose("mm", module.packed, _rows(x)).__name__.rpartition(".")[2]
-    )
-    if name != "ref":
-        return name, ""
-    tried = dispatch.backends(module.format, x.device.type)[:-1]
-    reasons = [f"{b}: {dispatch.why_not(b, 'mm', module.packed, _rows(x))}" for b in tried]
-    return name, "; ".join(reasons) or f"no kernel on {x.device.type}"
+    packed = module.packed
+    if isinstance(module, SparseLinear):
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        name = dispatch.choose("mm", packed, rows).__name__.rpartition(".")[2]
+        tried = {
+            b: dispatch.why_not(b, "mm", packed, rows)
+            for b in dispatch.backends(module.format, x.device.type)
+        }
+    else:
+        from ..conv import library
 
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        name = library.choose("conv2d", packed, x, None).__name__.rpartition(".")[2]
+        tried = {b: library.why_not(b, "conv2d", packed, x) for b in dispatch.BACKENDS}
+    reasons = [f"{b}: {why}" for b, why in tried.items() if why is not None and "no such backend" not in why]
+    return name, "" if name != "ref" else "; ".join(reasons) or f"no kernel on {x.device.type}"
 
 
 def build(site: Site, candidate: Candidate, x: Tensor) -> tuple[Trial | None, str]:

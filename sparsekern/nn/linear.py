@@ -77,8 +77,8 @@ class SparseLinear(SparseModule):
             dense.bias = self.bias
         return dense.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear_operand(self.operand, x, self._parameters["bias"], self.activation, self.backend)
+    def forward(self, input: Tensor) -> Tensor:
+        return linear_operand(self.operand, input, self._parameters["bias"], self.activation, self.backend)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"

@@ -160,9 +160,9 @@ class Report:
         """The table for rich; the reasons stand under it (`text` has both)."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=False)
         reasons = self._reasons()
-        columns = [c for c in _COLUMNS if width >= c.least and any(c.show(row) for row in self.rows)]
+        columns = self._fitting(width - (7 if reasons else 0))
         for c in columns:
-            table.add_column(c.name, justify=c.justify, overflow="fold", no_wrap=c.justify == "right")
+            table.add_column(c.name, justify=c.justify, overflow="fold", no_wrap=c.name != "layer")
         if reasons:
             table.add_column("note", justify="right", no_wrap=True)
         for row in self.rows:
@@ -170,6 +170,18 @@ class Report:
             note = [f"[{reasons[_reason(row)]}]"] if _reason(row) else [""] if reasons else []
             table.add_row(*(Text(text) for text in [*(c.show(row) for c in columns), *note]), style=style)
         return table
+
+    def _fitting(self, width: int) -> list[_Column]:
+        """The columns that have something to say, less those that matter least until the rest fits."""
+        wide = {c.name: max([len(c.show(row)) for row in self.rows], default=0) for c in _COLUMNS}
+        columns = [c for c in _COLUMNS if wide[c.name]]
+        wide = {name: max(size, len(name)) for name, size in wide.items()}
+        wide["layer"] = min(wide["layer"], max(12, width // 4))  # the only one that may fold
+        for name in _EXPENDABLE:
+            if sum(wide[c.name] for c in columns) + 3 * (len(columns) - 1) <= width:
+                break
+            columns = [c for c in columns if c.name != name]
+        return columns
 
     def _reasons(self) -> dict[str, int]:
         """The different reasons, numbered in the order of the rows."""
@@ -246,7 +258,9 @@ class Report:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
         t = self.totals()
         speed = f", {t['speedup']:.2f}x over all timed layers" if t["speedup"] is not None else ""
-        figure.suptitle(f"sparsekern: {len(self.converted)} of {len(self.rows)} layers converted{speed}", fontsize=11)
+        figure.suptitle(
+            f"sparsekern: {len(self.converted)} of {len(self.rows)} layers converted{speed}", fontsize=11
+        )
         figure.savefig(str(path), dpi=120)
         return Path(path)
 
@@ -255,7 +269,10 @@ def _bars(axes: Any, pairs: list[tuple[float | None, float | None, bool]]) -> No
     """Grey: dense; green: sparse, taken; hatched: sparse, not taken because dense was faster."""
     at = range(len(pairs))
     axes.barh([i - 0.2 for i in at], [d or 0 for d, _, _ in pairs], 0.36, color="0.65", label="dense")
-    kinds = ((True, "tab:green", None, "sparse, converted"), (False, "white", "////", "best sparse, not taken"))
+    kinds = (
+        (True, "tab:green", None, "sparse, converted"),
+        (False, "white", "////", "best sparse, not taken"),
+    )
     for taken, colour, hatch, label in kinds:
         chosen = [(i, s) for i, (_, s, t) in zip(at, pairs, strict=True) if t == taken and s]
         if chosen:
@@ -271,7 +288,6 @@ class _Column:
     name: str
     show: Any
     justify: Any = "left"
-    least: int = 0  # left out of a table narrower than this
 
 
 def _ms(ms: float | None) -> str:
@@ -304,16 +320,28 @@ def _reason(row: Row) -> str:
 
 _COLUMNS = (
     _Column("layer", lambda r: r.layer),
-    _Column("type", lambda r: r.type, least=120),
-    _Column("shape", lambda r: "x".join(map(str, r.shape)), least=80),
-    _Column("pattern", lambda r: r.pattern, least=90),
-    _Column("density", lambda r: "" if r.density is None else f"{100 * r.density:.3g}%", "right", 90),
+    _Column("type", lambda r: r.type),
+    _Column("shape", lambda r: "x".join(map(str, r.shape))),
+    _Column("pattern", lambda r: r.pattern),
+    _Column("density", lambda r: "" if r.density is None else f"{100 * r.density:.3g}%", "right"),
     _Column("format", lambda r: r.format),
-    _Column("backend", lambda r: r.backend or "", least=120),
+    _Column("backend", lambda r: r.backend or ""),
     _Column("dense ms", lambda r: _ms(r.dense_ms), "right"),
     _Column("sparse ms", lambda r: _ms(r.sparse_ms), "right"),
     _Column("speed-up", _speedup, "right"),
-    _Column("bytes", lambda r: _size(r.bytes_before), "right", 110),
-    _Column("after", lambda r: _size(r.bytes_after), "right", 110),
-    _Column("error", lambda r: "" if r.max_error is None else f"{r.max_error:.1e}", "right", 120),
+    _Column("bytes", lambda r: _size(r.bytes_before), "right"),
+    _Column("after", lambda r: _size(r.bytes_after), "right"),
+    _Column("error", lambda r: "" if r.max_error is None else f"{r.max_error:.1e}", "right"),
+)
+_EXPENDABLE = (
+    "type",
+    "error",
+    "backend",
+    "density",
+    "bytes",
+    "after",
+    "shape",
+    "sparse ms",
+    "dense ms",
+    "pattern",
 )

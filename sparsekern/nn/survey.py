@@ -161,7 +161,12 @@ class _Context:
             )
         if id(module) in self.listed:
             return f"also held by the plain container {self.listed[id(module)]}, where it cannot be replaced"
-        return _why_not_itself(module) or _why_not_weight(module) or self._why_not_shared(module)
+        return (
+            _why_not_class(module)
+            or _why_not_weight(module)
+            or _why_not_extras(module)
+            or self._why_not_shared(module)
+        )
 
     def _why_not_shared(self, module: nn.Module) -> str | None:
         weight = _parameter(module)
@@ -221,7 +226,7 @@ def _class_name(module: nn.Module) -> str:
     return parametrize.type_before_parametrizations(module).__name__
 
 
-def _why_not_itself(module: nn.Module) -> str | None:
+def _why_not_class(module: nn.Module) -> str | None:
     cls = parametrize.type_before_parametrizations(module)
     base = next(kind for kind in KINDS if isinstance(module, kind))
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -231,6 +236,10 @@ def _why_not_itself(module: nn.Module) -> str | None:
             return f"{cls.__name__} is a {base.__name__} that defines {name} itself"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
+    return None
+
+
+def _why_not_extras(module: nn.Module) -> str | None:
     if any(getattr(module, hooks) for hooks in _STATE_HOOKS):
         return "it has state_dict hooks, which expect a dense weight"
     own = [*module._parameters, *module._buffers, *module._modules]

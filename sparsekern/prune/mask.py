@@ -69,6 +69,10 @@ def finalize_(model: nn.Module) -> nn.Module:
     for _, module in masked:
         _own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        for name in [
+            n for n in module._parameters if n != "weight"
+        ]:  # the weight first again, as optimizers saw it
+            module._parameters[name] = module._parameters.pop(name)
     return model
 
 
