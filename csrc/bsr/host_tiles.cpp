@@ -10,8 +10,6 @@ constexpr int64_t kChunkBytes = int64_t(1) << 20;  // packed tokens that stay in
 constexpr int64_t kSegmentBytes = int64_t(16) << 10;  // weights that stay in L1 while a chunk of tokens passes by
 constexpr int kTile = 16;
 
-inline void prefetch_l2(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
-
 // How a call is cut: `tiles` tiles of 16 tokens, `chunk` of them packed at a time.
 struct Chunks {
     int64_t tiles, chunk, tile_bytes;
