@@ -10,8 +10,6 @@ constexpr int64_t kChunkBytes = int64_t(1) << 20;  // packed tokens that stay in
 constexpr int64_t kSegmentBytes = int64_t(16) << 10;  // weights that stay in L1 while a chunk of tokens passes by
 constexpr int kTile = 16;
 
-inline void prefetch_l2(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
-
 // How a call is cut: `tiles` tiles of 16 tokens, `chunk` of them packed at a time.
 struct Chunks {
     int64_t tiles, chunk, tile_bytes;
@@ -111,12 +109,15 @@ void mm_strip(const Walk& w, const MmShape& s, int64_t i, int64_t j0, int64_t j1
         tiles_zero<MA, NB>();
     else
         tiles_load<MA, NB>(c, c_down, c_right, c_row);
-    for (int64_t j = j0; j < j1; ++j) {
-        const char* a = w.a + j * w.a_block + i * a_next;
-        const char* x = b + w.index[j] * w.depth * b_row;
+    const int64_t a_row = w.a_row, a_block = w.a_block, a_step = s.depth * 4, b_step = s.depth * b_row;
+    const int64_t steps = s.steps, x_block = steps * b_step;
+    const int32_t* index = w.index;
+    const char* block = w.a + j0 * a_block + i * a_next;
+    for (int64_t j = j0; j < j1; ++j, block += a_block) {
+        const char *a = block, *x = b + index[j] * x_block;
         for (int64_t l = 0; l < ahead; ++l) prefetch_l2(a + distance + l * 64);
-        for (int64_t k = 0; k < s.steps; ++k)
-            tile_step<Dot, MA, NB>(a + k * s.depth * 4, a_next, w.a_row, x + k * s.depth * b_row, b_next, b_row);
+        for (int64_t k = 0; k < steps; ++k, a += a_step, x += b_step)
+            tile_step<Dot, MA, NB>(a, a_next, a_row, x, b_next, b_row);
     }
     tiles_store<MA, NB>(c, c_down, c_right, c_row);
 }
@@ -199,12 +200,14 @@ struct MmTShape {
 template <int MA, int NB>
 void mm_t_strip(const Walk& w, const MmTShape& s, int64_t i, const char* a, int64_t a_next, float* c) {
     const int64_t a_row = s.depth * 4, a_step = s.tokens * a_row, b_row = w.a_depth, b_next = s.cols * 4;
+    const int64_t b_block = w.a_block, b_step = s.depth * b_row, steps = s.steps, blocks = w.blocks;
+    const int32_t* index = w.index;
+    const char* block = w.a + i * b_next;
     tiles_zero<MA, NB>();
-    for (int64_t j = 0; j < w.blocks; ++j) {
-        const char* x = a + w.index[j] * s.steps * a_step;
-        const char* b = w.a + j * w.a_block + i * b_next;
-        for (int64_t k = 0; k < s.steps; ++k)
-            tile_step<DotBf16, MA, NB>(x + k * a_step, a_next, a_row, b + k * s.depth * b_row, b_next, b_row);
+    for (int64_t j = 0; j < blocks; ++j, block += b_block) {
+        const char *x = a + index[j] * steps * a_step, *b = block;
+        for (int64_t k = 0; k < steps; ++k, x += a_step, b += b_step)
+            tile_step<DotBf16, MA, NB>(x, a_next, a_row, b, b_next, b_row);
     }
     tiles_store<MA, NB>(c, int64_t(s.tokens) * NB * b_next, b_next, NB * b_next);
 }

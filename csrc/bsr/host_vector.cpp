@@ -55,16 +55,18 @@ void pack_panel_part(const Product& p, int64_t m0, int tokens, int vectors, int6
 }
 
 // The panel holds x + 128: takes 128 * (sum of the weights of a row) off its sums.
-void remove_offset(const Walk& w, int64_t rows, int nt, int32_t* c) {
-    for (int64_t r = 0; r < rows; ++r) {
+void remove_offset(const Walk& w, int64_t r0, int64_t r1, int nt, int32_t* c) {
+    for (int64_t r = r0; r < r1; ++r, c += nt) {
         int32_t sum = 0;
         for (int64_t j = 0; j < w.blocks; ++j) {
             const auto* values = reinterpret_cast<const int8_t*>(w.a + j * w.a_block + r * w.a_row);
             for (int64_t i = 0; i < w.depth * 4; ++i) sum += values[i];
         }
-        for (int t = 0; t < nt; ++t) c[r * nt + t] -= 128 * sum;
+        for (int t = 0; t < nt; ++t) c[t] -= 128 * sum;
     }
 }
+
+constexpr int64_t kStrip = 16;  // output rows that meet all panels before the next ones
 
 struct Panel {
     int64_t m0;
@@ -72,17 +74,25 @@ struct Panel {
     int64_t offset;  // bytes from the first panel
 };
 
+// 16 rows at a time meet all panels, so that their weights come from memory once and their outputs leave as whole
+// cache lines. While they do, the rows after them are fetched.
 void run_group(const Product& p, int64_t g, const Panel* panels, int64_t count, const char* packed) {
-    const Walk walk = walk_group(p, g, 1);
+    Walk walk = walk_group(p, g, 1);
     const int64_t rows = p.outs(), n0 = g * rows;
-    const int64_t real = p.total_outs() - n0 < rows ? p.total_outs() - n0 : rows;
-    for (int64_t i = 0; i < count; ++i) {
-        const Panel& panel = panels[i];
-        const int nt = panel.vectors * kLanes;
-        char* c = static_cast<char*>(scratch(2, size_t(rows * nt * 4)));
-        pick_walk(p.mode, panel.vectors, p.transposed)(walk, rows, packed + panel.offset, c);
-        if (p.mode == Mode::i8) remove_offset(walk, rows, nt, reinterpret_cast<int32_t*>(c));
-        finish(p, reinterpret_cast<float*>(c), nt, panel.m0, panel.tokens, n0, real);
+    char* c = static_cast<char*>(scratch(2, size_t(kStrip * kVectorsMax) * sizeof(Vf)));
+    for (int64_t r0 = 0; r0 < rows; r0 += kStrip) {
+        const int64_t r1 = r0 + kStrip < rows ? r0 + kStrip : rows, left = p.total_outs() - n0 - r0;
+        if (!p.transposed && in_place(p)) {
+            walk.ahead = walk.a + r1 * walk.a_row + (r1 < rows ? 0 : walk.blocks * walk.a_block - rows * walk.a_row);
+            walk.ahead_lines = ceil_div((r1 - r0) * walk.a_row, 64 * count * ceil_div(r1 - r0, kRowsMax));
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const Panel& panel = panels[i];
+            const int nt = panel.vectors * kLanes;
+            pick_walk(p.mode, panel.vectors, p.transposed)(walk, r0, r1, packed + panel.offset, c);
+            if (p.mode == Mode::i8) remove_offset(walk, r0, r1, nt, reinterpret_cast<int32_t*>(c));
+            finish(p, reinterpret_cast<float*>(c), nt, panel.m0, panel.tokens, n0 + r0, left < r1 - r0 ? left : r1 - r0);
+        }
     }
 }
 

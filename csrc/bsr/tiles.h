@@ -48,22 +48,36 @@ struct DotI8 {
     }
 };
 
-// C += A * B for one depth step. a + I * a_next: A tile I, rows a_row bytes apart; b likewise.
+// C += A * B for one depth step. a + I * a_next: A tile I, rows a_row bytes apart; b likewise. Values only, no lambdas:
+// the tile instructions clobber memory, and what a lambda captures would be reloaded after each of them.
+template <class Dot, int MA, int NB, int J = 0>
+[[gnu::always_inline]] inline void tile_column(const char* b, int64_t b_next, int64_t b_row) {
+    using S = TileShape<MA, NB>;
+    tile_load<S::template kB<J>>(b, b_row);
+    Dot::template dp<S::template kC<0, J>, S::template kA<0>, S::template kB<J>>();
+    if constexpr (MA > 1) Dot::template dp<S::template kC<1, J>, S::template kA<1>, S::template kB<J>>();
+    if constexpr (J + 1 < NB) tile_column<Dot, MA, NB, J + 1>(b + b_next, b_next, b_row);
+}
+template <class Dot, int MA, int I = 0>
+[[gnu::always_inline]] inline void tile_row(const char* a, int64_t a_next, int64_t a_row) {
+    using S = TileShape<MA, 1>;
+    tile_load<S::template kA<I>>(a, a_row);
+    Dot::template dp<S::template kC<I, 0>, S::template kA<I>, S::template kB<0>>();
+    if constexpr (I + 1 < MA) tile_row<Dot, MA, I + 1>(a + a_next, a_next, a_row);
+}
 template <class Dot, int MA, int NB>
-inline void tile_step(const char* a, int64_t a_next, int64_t a_row, const char* b, int64_t b_next, int64_t b_row) {
+[[gnu::always_inline]] inline void tile_step(const char* a, int64_t a_next, int64_t a_row, const char* b,
+                                             int64_t b_next, int64_t b_row) {
     using S = TileShape<MA, NB>;
     if constexpr (S::kFewA) {
-        unrolled<MA>([&]<int I> { tile_load<S::template kA<I>>(a + I * a_next, a_row); });
-        unrolled<NB>([&]<int J> {
-            tile_load<S::template kB<J>>(b + J * b_next, b_row);
-            unrolled<MA>([&]<int I> { Dot::template dp<S::template kC<I, J>, S::template kA<I>, S::template kB<J>>(); });
-        });
+        static_assert(MA <= 2);
+        tile_load<S::template kA<0>>(a, a_row);
+        if constexpr (MA > 1) tile_load<S::template kA<1>>(a + a_next, a_row);
+        tile_column<Dot, MA, NB>(b, b_next, b_row);
     } else {
-        unrolled<NB>([&]<int J> { tile_load<S::template kB<J>>(b + J * b_next, b_row); });
-        unrolled<MA>([&]<int I> {
-            tile_load<S::template kA<I>>(a + I * a_next, a_row);
-            unrolled<NB>([&]<int J> { Dot::template dp<S::template kC<I, J>, S::template kA<I>, S::template kB<J>>(); });
-        });
+        static_assert(NB == 1);
+        tile_load<S::template kB<0>>(b, b_row);
+        tile_row<Dot, MA>(a, a_next, a_row);
     }
 }
 

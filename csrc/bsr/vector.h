@@ -86,10 +86,15 @@ void walk_tile(const Walk& w, int64_t r0, const char* panel, char* c, int64_t c_
     for (int64_t j = 0; j < w.blocks; ++j) {
         const char* a = w.a + (w.order ? int64_t(w.order[j]) : j) * w.a_block + r0 * a_row;
         const char* x = panel + w.index[j] * w.depth * kRow;
-        for (int64_t k = 0; k < w.depth; ++k, a += a_depth, x += kRow) {
+        const char* next = panel + w.index[j + 1 < w.blocks ? j + 1 : j] * w.depth * kRow;
+        for (int64_t l = 0; l < w.ahead_lines; ++l) prefetch_l2(w.ahead + j * w.a_block + l * 64);
+        for (int64_t k = 0; k < w.depth; ++k, a += a_depth, x += kRow, next += kRow) {
             typename Op::Vec xv[NV];
 #pragma GCC unroll 3
-            for (int v = 0; v < NV; ++v) xv[v] = Op::load(x + v * sizeof(Vf));
+            for (int v = 0; v < NV; ++v) {
+                prefetch_l1(next + v * sizeof(Vf));
+                xv[v] = Op::load(x + v * sizeof(Vf));
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < MR; ++r) {
                 const typename Op::Vec weight = Op::broadcast(a + r * a_row);
@@ -104,20 +109,21 @@ void walk_tile(const Walk& w, int64_t r0, const char* panel, char* c, int64_t c_
         for (int v = 0; v < NV; ++v) __builtin_memcpy(c + r * c_row + v * sizeof(Vf), &acc[r][v], sizeof(Vf));
 }
 
-// All rows of a group against one panel of NV vectors.
+// Rows r0 .. r1 of a group against one panel of NV vectors; c begins at row r0. `ahead` advances by what was fetched.
 template <class Op, int NV, bool DepthUnit>
-void walk_rows(const Walk& w, int64_t rows, const char* panel, char* c) {
+void walk_rows(Walk& w, int64_t r0, int64_t r1, const char* panel, char* c) {
     constexpr int64_t kRow = NV * sizeof(Vf);
-    int64_t r = 0;
-    for (; r + kRowsMax <= rows; r += kRowsMax)
-        walk_tile<Op, kRowsMax, NV, DepthUnit>(w, r, panel, c + r * kRow, kRow);
-    if constexpr (kRowsMax > 4)
-        for (; r + 4 <= rows; r += 4) walk_tile<Op, 4, NV, DepthUnit>(w, r, panel, c + r * kRow, kRow);
-    for (; r + 2 <= rows; r += 2) walk_tile<Op, 2, NV, DepthUnit>(w, r, panel, c + r * kRow, kRow);
-    for (; r < rows; ++r) walk_tile<Op, 1, NV, DepthUnit>(w, r, panel, c + r * kRow, kRow);
+    const auto run = [&]<int MR>() {
+        for (; r0 + MR <= r1; r0 += MR, c += MR * kRow, w.ahead += w.ahead_lines * 64)
+            walk_tile<Op, MR, NV, DepthUnit>(w, r0, panel, c, kRow);
+    };
+    run.template operator()<kRowsMax>();
+    if constexpr (kRowsMax > 4) run.template operator()<4>();
+    run.template operator()<2>();
+    run.template operator()<1>();
 }
 
-using WalkRows = void (*)(const Walk&, int64_t rows, const char* panel, char* c);
+using WalkRows = void (*)(Walk&, int64_t r0, int64_t r1, const char* panel, char* c);
 
 template <class Op>
 WalkRows pick_walk(int vectors, bool transposed) {

@@ -21,7 +21,13 @@ struct Walk {
     int64_t a_row, a_depth, a_block;
     const int32_t *order, *index;
     int64_t blocks, depth;
+    // Weights that will be wanted next: with block j, `ahead_lines` cache lines from ahead + j * a_block on.
+    const char* ahead = nullptr;
+    int64_t ahead_lines = 0;
 };
+
+inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 // One product as both drivers see it.
 struct Product {
