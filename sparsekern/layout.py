@@ -13,6 +13,11 @@ L = TypeVar("L", bound="Layout")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def is_size(n: Any) -> bool:
+    """True for a non-negative int."""
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 0
+
+
 class Operand(NamedTuple):
     """A layout taken apart into what a torch op can carry: the same for every format."""
 
@@ -37,6 +42,7 @@ class Layout:
 
     format: ClassVar[str]
     index_fields: ClassVar[tuple[str, ...]]
+    dims_count: ClassVar[int] = 2  # how many integers `dims` has
 
     @property
     def index(self) -> tuple[Tensor, ...]:
@@ -120,11 +126,16 @@ class Layout:
     # What every check() begins with.
 
     def _fail(self, message: str) -> None:
-        raise ValueError(f"{self.format} layout of shape {tuple(self.shape)}: {message}")
+        raise ValueError(f"{self.format} layout of shape {self.shape}: {message}")
 
     def _check_shape(self) -> tuple[int, int]:
-        if len(self.shape) != 2 or not all(isinstance(n, int) and n >= 0 for n in self.shape):
+        if not isinstance(self.shape, tuple) or len(self.shape) != 2 or not all(map(is_size, self.shape)):
             self._fail("shape must be two non-negative integers")
+        for name in ("values", *self.index_fields):
+            if not isinstance(getattr(self, name), Tensor):
+                self._fail(f"{name} must be a tensor, got {type(getattr(self, name)).__name__}")
+        if self.scale is not None and not isinstance(self.scale, Tensor):
+            self._fail(f"scale must be a tensor or None, got {type(self.scale).__name__}")
         for name, t in self.tensors().items():
             if t.device != self.device:
                 self._fail(f"{name} is on {t.device}, values on {self.device}")
@@ -132,6 +143,8 @@ class Layout:
                 self._fail(f"{name} must be a plain (strided) tensor, got {t.layout}")
             if not t.is_contiguous():
                 self._fail(f"{name} must be contiguous, got strides {tuple(t.stride())} for {tuple(t.shape)}")
+        if self.device.type == "meta":
+            self._fail("its tensors are on the meta device: there is nothing to check")
         return self.shape
 
     def _check_tensor(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:

@@ -144,7 +144,13 @@ def _rebuild(
     requires_grad: bool,
 ) -> SparseTensor:
     """Unpickles, and checks: a file may hold anything."""
-    packed = FORMATS[format].layout.from_parts(values, tuple(index), scale, tuple(dims))
+    if format not in FORMATS:
+        raise ValueError(f"the file holds format {format!r}; known: {', '.join(FORMATS)}")
+    layout = FORMATS[format].layout
+    for name, parts, count in (("index", index, len(layout.index_fields)), ("dims", dims, layout.dims_count)):
+        if not isinstance(parts, (list, tuple)) or len(parts) != count:
+            raise ValueError(f"the file's {format} {name} must have {count} parts, got {parts!r:.80}")
+    packed = layout.from_parts(values, tuple(index), scale, tuple(dims))
     return SparseTensor(packed, transposed=transposed, requires_grad=requires_grad)
 
 

@@ -24,6 +24,7 @@ class Bsr(Layout):
 
     format = "bsr"
     index_fields = ("crow", "col")
+    dims_count = 4
 
     @property
     def dims(self) -> tuple[int, ...]:

@@ -113,7 +113,9 @@ class SparseModule(nn.Module):
             packed = self._packed_from(state_dict, prefix, names)
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            packed = None
+            packed, found = None, True
+        else:
+            found = packed is not None
         if packed is not None:
             self._adopt(packed.map(lambda t: t.to(self.values.device)))
         own = {prefix + name for name in (*names, *self.own_buffers)}
@@ -122,7 +124,6 @@ class SparseModule(nn.Module):
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        found = packed is not None or bool(error_msgs)
         missing_keys.extend(key for key in missing if not (found and key in own))
 
     def _packed_from(self, state_dict: dict[str, Any], prefix: str, names: tuple[str, ...]) -> Layout | None:

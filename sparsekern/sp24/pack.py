@@ -28,9 +28,10 @@ def pack(dense: Tensor, *, prune: bool = False, scale: Tensor | None = None) -> 
     """
     n, k = dense.shape
     kp = padded(k)
-    whole = torch.nn.functional.pad(dense.detach(), (0, kp - k))
+    dense = dense.detach()
     if prune:
-        whole = whole * torch.nn.functional.pad(prune_mask(dense.detach()), (0, kp - k))
+        dense = dense.masked_fill(~prune_mask(dense), 0)  # not a product: that turns a pruned infinity into NaN
+    whole = torch.nn.functional.pad(dense, (0, kp - k))
     groups = whole.reshape(n, kp // 4, 4)
     nonzero = groups != 0
     crowded = (nonzero.sum(-1) > 2).nonzero()
