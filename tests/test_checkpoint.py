@@ -486,7 +486,7 @@ def rewritten(path: Path, **changes: Any) -> None:
             entry[key] = value
         elif value is None:
             del tensors[f"w.{key}"]
-        else:
+        elif isinstance(value, Tensor):
             tensors[f"w.{key}"] = value
     text = json.dumps({"version": changes.get("version", 1), "weights": {"w": entry}})
     save_file(tensors, path, {native.HEADER: changes.get("text", text)})

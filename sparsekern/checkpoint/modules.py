@@ -171,7 +171,7 @@ def _sparse_twin(module: nn.Module, weight: Weight) -> SparseModule:
     shell = copy.copy(dense)
     values = weight.dense().to(device=device, dtype=dense.weight.dtype)
     shell._parameters = {**dense._parameters, "weight": nn.Parameter(values, dense.weight.requires_grad)}
-    block = packed.dims[2:] or 16
+    block: Any = packed.dims[2:] or 16
     return SparseConv2d.from_dense(shell, format=packed.format, block_size=block, order=weight.order)
 
 

@@ -52,6 +52,7 @@ class Writer:
         self._records: dict[str, native.Record] = {}
         self._aliases: dict[str, str] = {}
         self._seen: set[str] = set()
+        self._memory: set[int] = set()
         self._bytes = 0
         self._written: list[tuple[Path, list[str], int]] = []
 
@@ -65,9 +66,19 @@ class Writer:
         if self.sharded and self._bytes and self._bytes + size > self.shard_bytes:
             self._flush()
         self._seen.update(tensors)
-        self._tensors.update({key: _plain(t) for key, t in tensors.items()})
+        for key, t in tensors.items():
+            self._tensors[key] = self._own(_plain(t))
         self._bytes += size
         return size
+
+    def _own(self, t: Tensor) -> Tensor:
+        """`t`, or a copy where its memory is in the file already: safetensors refuses shared memory."""
+        pointer = t.untyped_storage().data_ptr()
+        if pointer in self._memory and t.numel():
+            t = t.clone()
+            pointer = t.untyped_storage().data_ptr()
+        self._memory.add(pointer)
+        return t
 
     def alias(self, weight: Weight, target: str) -> int:
         """Takes a weight tied to `target`, which was added: by name where the form has names, else copied."""
@@ -103,6 +114,7 @@ class Writer:
             _save_safetensors(self._tensors, part, metadata)
             self._written.append((part, list(self._tensors), self._bytes))
         self._tensors, self._records, self._aliases, self._bytes = {}, {}, {}, 0
+        self._memory.clear()
 
     def close(self) -> list[Path]:
         """Writes what is left; returns the files."""

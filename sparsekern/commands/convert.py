@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from ..checkpoint import Weight, Writer, headers, open_tensors, read_weights
@@ -115,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         0,
         {target: [n for n, t in aliases.items() if t == target] for target in aliases.values()},
     )
-    with Progress(console=show.progress_console(), transient=True) as progress:
+    with show.progress() as progress:
         task = progress.add_task("converting", total=len(file.keys()))
         for weight in read_weights(file):
             progress.advance(task)
