@@ -354,6 +354,24 @@ def test_shards_metadata_and_ties_survive(
     assert torch.equal(dense["b.weight"], w.to_dense())
 
 
+def test_tied_weights_of_a_torch_file_stay_tied(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(64, 32), "out": nn.Linear(32, 64), "fc": nn.Linear(32, 32)})
+    model["out"].weight = model["embed"].weight
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    said = run_json(capsys, "convert", tmp_path / "m.pt", tmp_path / "s.safetensors", "--prune")
+    rows = {row["name"]: row for row in said["weights"]}
+    assert set(rows) == {"embed.weight", "fc.weight"}
+    assert rows["embed.weight"]["stored"] == "dense"  # one of its names is an embedding's
+    assert rows["fc.weight"]["stored"] == "sp24"
+    assert "out.weight" not in load_file(tmp_path / "s.safetensors")
+    read = checkpoint.load(tmp_path / "s.safetensors")
+    assert read["out.weight"] is read["embed.weight"]
+    assert torch.equal(read["out.weight"], model["out"].weight)
+    filled = checkpoint.load(tmp_path / "s.safetensors", model)
+    assert filled["out"].weight is filled["embed"].weight
+    assert isinstance(filled["fc"], SparseLinear)
+
+
 def test_convert_as_a_table(capsys: pytest.CaptureFixture[str], files: Path, tmp_path: Path) -> None:
     text = run(capsys, "convert", files / "m.pt", tmp_path / "s.safetensors")
     assert "9 of 12 weights are sparse" in text
@@ -481,9 +499,10 @@ def test_wrong_use_is_one_line_and_exit_code_2(
 def test_a_failed_conversion_leaves_nothing_behind(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    torch.save({"a.weight": torch.zeros(8, 8)} | MARLIN, tmp_path / "m.pt")
+    torch.save({"a.weight": torch.randn(64, 64), "b.weight": torch.randn(64, 64)} | MARLIN, tmp_path / "m.pt")
     for out in ("o.safetensors", "o"):
-        assert main(["convert", str(tmp_path / "m.pt"), str(tmp_path / out)]) == 2
+        args = ("convert", tmp_path / "m.pt", tmp_path / out, "--shard-size", 1e-5)
+        assert main([str(arg) for arg in args]) == 2
         assert "marlin-24" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
 

@@ -14,7 +14,7 @@ from .modules import fill, weights_of
 from .weight import Weight
 from .write import Writer
 
-__all__ = ["Checkpoint", "Weight", "Writer", "headers", "load", "open_tensors", "read_weights", "save"]
+__all__ = ["Checkpoint", "Weight", "Writer", "load", "open_tensors", "read_weights", "save", "tied_names"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -113,14 +113,23 @@ def read_weights(path: str | os.PathLike[str] | TensorFile) -> Iterator[Weight]:
 
 
 def _find(file: TensorFile) -> tuple[list[recognise.Found], dict[str, str]]:
-    records, aliases = headers(file)
+    """What a checkpoint holds, tied weights once, and which names are tied to which."""
+    records, aliases = _headers(file)
     try:
-        return recognise.find(file.keys(), records), aliases
+        found = recognise.find(file.keys(), records)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
+    whole = {entry.name for entry in found if entry.source == "dense"}
+    tied = {name: target for name, target in file.ties().items() if name in whole and target in whole}
+    return [entry for entry in found if entry.name not in tied], {**aliases, **tied}
 
 
-def headers(file: TensorFile) -> tuple[dict[str, native.Record], dict[str, str]]:
+def tied_names(file: TensorFile) -> dict[str, str]:
+    """Names that stand for a weight under another name: {name: the name that `read_weights` gives}."""
+    return _find(file)[1]
+
+
+def _headers(file: TensorFile) -> tuple[dict[str, native.Record], dict[str, str]]:
     """sparsekern's records of sparse weights and of tied names, from all of a checkpoint's files."""
     records: dict[str, native.Record] = {}
     aliases: dict[str, str] = {}

@@ -53,8 +53,19 @@ class Writer:
         self._aliases: dict[str, str] = {}
         self._seen: set[str] = set()
         self._memory: set[int] = set()
-        self._bytes = 0
+        self._bytes, self._made_directory = 0, False
         self._written: list[tuple[Path, list[str], int]] = []
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """After an error nothing is left of what was written; otherwise `close` is still to be called."""
+        if kind is not None:
+            for part, *_rest in self._written:
+                part.unlink(missing_ok=True)
+            if self._made_directory:
+                self.path.rmdir()
 
     def add(self, weight: Weight) -> int:
         """Takes one weight; returns the bytes that its tensors take in the file."""
@@ -109,7 +120,9 @@ class Writer:
         elif not self.sharded:
             _save_safetensors(self._tensors, self.path, metadata)
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                self.path.mkdir(parents=True)
+                self._made_directory = True
             part = self.path / f".part-{len(self._written) + 1:05}.safetensors"
             _save_safetensors(self._tensors, part, metadata)
             self._written.append((part, list(self._tensors), self._bytes))

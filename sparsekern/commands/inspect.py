@@ -231,6 +231,7 @@ def _cells(e: dict[str, Any]) -> tuple[str, ...]:
     exact = [name for name, o in orders.items() if o["is_24"]]
     nearest = min(orders.items(), key=lambda item: item[1]["violations"] / max(item[1]["groups"], 1))
     verdict = f"yes ({', '.join(exact)})" if exact else f"no, {_share(nearest[1])} groups ({nearest[0]})"
+    verdict = verdict if e["density"] < 1 else "no"  # dimensions of one or two are 2:4 without being pruned
     blocks = " ".join(f"{value:.2f}" for value in orders[wish["order"]]["blocks"].values())
     if wish["format"] is None:
         suits = f"dense: {wish['reason']}"
