@@ -1,6 +1,6 @@
 """sparsekern: pruned neural networks that are actually faster."""
 
-from . import prune, tune
+from . import checkpoint, prune, tune
 from .bitmap import Bitmap
 from .bsr import Bsr
 from .convert_dense import to_bitmap, to_block_sparse, to_csr, to_sparse_semi_structured
@@ -23,8 +23,9 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "SparseTensor",
-    "convert_",
+    "checkpoint",
     "conv2d",
+    "convert_",
     "linear",
     "matmul",
     "prune",

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_patterns import pruned_24
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -25,7 +26,6 @@ from sparsekern.patterns import as_matrix
 from sparsekern.sp24.pack import prune_mask
 from sparsekern.tensor import SparseTensor
 from sparsekern.testing import random_scale, random_weight
-from test_patterns import pruned_24
 
 FORMATS = ("sp24", "bsr", "csr", "bitmap")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -438,8 +438,7 @@ def survives(path: Path) -> bool:
     try:
         read = checkpoint.load(path)
         dense = read.dense_state_dict()
-    except ValueError as error:
-        assert str(error).strip()
+    except ValueError:
         return False
     for name, t in read.items():
         if isinstance(t, SparseTensor):
@@ -487,7 +486,7 @@ def rewritten(path: Path, **changes: Any) -> None:
             entry[key] = value
         elif value is None:
             del tensors[f"w.{key}"]
-        else:
+        elif isinstance(value, Tensor):
             tensors[f"w.{key}"] = value
     text = json.dumps({"version": changes.get("version", 1), "weights": {"w": entry}})
     save_file(tensors, path, {native.HEADER: changes.get("text", text)})

@@ -14,7 +14,7 @@ from .modules import fill, weights_of
 from .weight import Weight
 from .write import Writer
 
-__all__ = ["Checkpoint", "Weight", "Writer", "headers", "load", "open_tensors", "read_weights", "save"]
+__all__ = ["Checkpoint", "Weight", "Writer", "load", "open_tensors", "read_weights", "save", "tied_names"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,10 +74,14 @@ def load(path: Any, model: Any = None, *, strict: bool = True) -> Any:
     unexpected names if `strict`.
     """
     file = open_tensors(path)
-    records, aliases = headers(file)
+    everything, aliases = _find(file)
+    stored = {found.name for found in everything if found.source != "sparsekern state_dict"}
+    for name, target in aliases.items():
+        if target not in stored or name in stored:
+            raise ValueError(f"{path}: the header ties {name!r} to {target!r}, which is not stored")
     weights: dict[str, Weight] = {}
     raw: dict[str, Tensor] = {}
-    for found in recognise.find(file.keys(), records):
+    for found in everything:
         if found.source == "sparsekern state_dict" and model is not None:
             raw.update({key: file.get(key) for key in found.parts.values()})
             continue
@@ -85,12 +89,7 @@ def load(path: Any, model: Any = None, *, strict: bool = True) -> Any:
             if weight.problem is not None:
                 raise ValueError(f"{path}: weight {weight.name!r} ({weight.source}): {weight.problem}")
             weights[weight.name] = weight
-    for name, target in aliases.items():
-        if target not in weights or name in weights:
-            raise ValueError(
-                f"{path}: the header ties {name!r} to {target!r}, which does not fit its weights"
-            )
-        weights[name] = weights[target]
+    weights.update({name: weights[target] for name, target in aliases.items()})
     if model is None:
         return Checkpoint(weights)
     try:
@@ -109,12 +108,28 @@ def read_weights(path: str | os.PathLike[str] | TensorFile) -> Iterator[Weight]:
     is broken raises ValueError.
     """
     file = path if isinstance(path, TensorFile) else open_tensors(path)
-    records, _ = headers(file)
-    for found in recognise.find(file.keys(), records):
+    for found in _find(file)[0]:
         yield from _read(file, found)
 
 
-def headers(file: TensorFile) -> tuple[dict[str, native.Record], dict[str, str]]:
+def _find(file: TensorFile) -> tuple[list[recognise.Found], dict[str, str]]:
+    """What a checkpoint holds, tied weights once, and which names are tied to which."""
+    records, aliases = _headers(file)
+    try:
+        found = recognise.find(file.keys(), records)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+    whole = {entry.name for entry in found if entry.source == "dense"}
+    tied = {name: target for name, target in file.ties().items() if name in whole and target in whole}
+    return [entry for entry in found if entry.name not in tied], {**aliases, **tied}
+
+
+def tied_names(file: TensorFile) -> dict[str, str]:
+    """Names that stand for a weight under another name: {name: the name that `read_weights` gives}."""
+    return _find(file)[1]
+
+
+def _headers(file: TensorFile) -> tuple[dict[str, native.Record], dict[str, str]]:
     """sparsekern's records of sparse weights and of tied names, from all of a checkpoint's files."""
     records: dict[str, native.Record] = {}
     aliases: dict[str, str] = {}

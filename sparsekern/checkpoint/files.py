@@ -39,6 +39,10 @@ class TensorFile:
         """sparsekern's own header, of every file that has one."""
         return [self.metadata["sparsekern"]] if "sparsekern" in self.metadata else []
 
+    def ties(self) -> dict[str, str]:
+        """Names of the same memory: each later one with the first. Only torch files know such."""
+        return {}
+
     def __contains__(self, key: str) -> bool:
         return key in self._names
 
@@ -124,6 +128,16 @@ class TorchFile(TensorFile):
 
     def keys(self) -> list[str]:
         return list(self._tensors)
+
+    def ties(self) -> dict[str, str]:
+        first: dict[object, str] = {}
+        tied = {}
+        for key, t in self._tensors.items():
+            if type(t) is Tensor and not _sparse(t) and t.numel():
+                place = (t.data_ptr(), t.dtype, t.shape, t.stride())
+                if first.setdefault(place, key) != key:
+                    tied[key] = first[place]
+        return tied
 
     def get(self, key: str) -> Tensor:
         value = self._tensors[key].detach()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layout import Layout
 from ..nn.base import SparseModule
+from ..nn.conv import SparseConv2d
 from ..nn.linear import SparseLinear
 from ..tensor import SparseTensor, _wrap
 from .native import ORDER_FLAG, prefix_of
@@ -167,12 +168,10 @@ def _sparse_twin(module: nn.Module, weight: Weight) -> SparseModule:
         made.bias = dense.bias
         made.values.requires_grad_(dense.weight.requires_grad and packed.dtype != torch.int8)
         return made.train(module.training)
-    from ..nn.conv import SparseConv2d
-
     shell = copy.copy(dense)
     values = weight.dense().to(device=device, dtype=dense.weight.dtype)
     shell._parameters = {**dense._parameters, "weight": nn.Parameter(values, dense.weight.requires_grad)}
-    block = packed.dims[2:] or 16
+    block: Any = packed.dims[2:] or 16
     return SparseConv2d.from_dense(shell, format=packed.format, block_size=block, order=weight.order)
 
 

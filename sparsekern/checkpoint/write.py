@@ -52,8 +52,20 @@ class Writer:
         self._records: dict[str, native.Record] = {}
         self._aliases: dict[str, str] = {}
         self._seen: set[str] = set()
-        self._bytes = 0
+        self._memory: set[int] = set()
+        self._bytes, self._made_directory = 0, False
         self._written: list[tuple[Path, list[str], int]] = []
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """After an error nothing is left of what was written; otherwise `close` is still to be called."""
+        if kind is not None:
+            for part, *_rest in self._written:
+                part.unlink(missing_ok=True)
+            if self._made_directory:
+                self.path.rmdir()
 
     def add(self, weight: Weight) -> int:
         """Takes one weight; returns the bytes that its tensors take in the file."""
@@ -65,9 +77,19 @@ class Writer:
         if self.sharded and self._bytes and self._bytes + size > self.shard_bytes:
             self._flush()
         self._seen.update(tensors)
-        self._tensors.update({key: _plain(t) for key, t in tensors.items()})
+        for key, t in tensors.items():
+            self._tensors[key] = self._own(_plain(t))
         self._bytes += size
         return size
+
+    def _own(self, t: Tensor) -> Tensor:
+        """`t`, or a copy where its memory is in the file already: safetensors refuses shared memory."""
+        pointer = t.untyped_storage().data_ptr()
+        if pointer in self._memory and t.numel():
+            t = t.clone()
+            pointer = t.untyped_storage().data_ptr()
+        self._memory.add(pointer)
+        return t
 
     def alias(self, weight: Weight, target: str) -> int:
         """Takes a weight tied to `target`, which was added: by name where the form has names, else copied."""
@@ -98,11 +120,14 @@ class Writer:
         elif not self.sharded:
             _save_safetensors(self._tensors, self.path, metadata)
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                self.path.mkdir(parents=True)
+                self._made_directory = True
             part = self.path / f".part-{len(self._written) + 1:05}.safetensors"
             _save_safetensors(self._tensors, part, metadata)
             self._written.append((part, list(self._tensors), self._bytes))
         self._tensors, self._records, self._aliases, self._bytes = {}, {}, {}, 0
+        self._memory.clear()
 
     def close(self) -> list[Path]:
         """Writes what is left; returns the files."""

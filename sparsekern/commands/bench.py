@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from torch import Tensor
 
 from .. import dispatch, functional
@@ -134,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     with threads(args.threads or torch.get_num_threads()), torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of every sparse tensor
         facts = machine() | {"date": date.today().isoformat()}
-        with Progress(console=show.progress_console(), transient=True) as progress:
+        with show.progress() as progress:
             task = progress.add_task("measuring", total=len(cases))
             for case in cases:
                 rows.append(_measure(case, args))

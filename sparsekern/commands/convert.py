@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
-from ..checkpoint import Weight, Writer, headers, open_tensors, read_weights
+from ..checkpoint import Weight, Writer, open_tensors, read_weights, tied_names
 from ..checkpoint import compressed_tensors as ct
 from ..checkpoint.write import FORMS
 from ..formats import FORMATS
@@ -35,7 +34,7 @@ EXAMPLE = """examples:
   python -m sparsekern convert sparse.safetensors dense.safetensors --to dense
 """
 # Pruned by magnitude, these cost the most and gain the least.
-TENDER = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|head|classifier)(\.|$)")
+TENDER = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|head|cls|classifier)(\.|$)")
 
 
 @dataclass
@@ -102,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     accept = show.chosen(args.include, args.exclude)
     file = open_tensors(args.input)
-    _, aliases = headers(file)
+    aliases = tied_names(file)
     writer = Writer(
         args.output,
         args.to,
@@ -110,20 +109,17 @@ def run(args: argparse.Namespace) -> int:
         shard_bytes=int(args.shard_size * 2**30),
         compressed_format=ct.BITMASK if args.format == "bitmap" else ct.SP24,
     )
-    rows, rest, tied = (
-        [],
-        0,
-        {target: [n for n, t in aliases.items() if t == target] for target in aliases.values()},
-    )
-    with Progress(console=show.progress_console(), transient=True) as progress:
+    rows, rest = [], 0
+    with show.progress() as progress, writer:
         task = progress.add_task("converting", total=len(file.keys()))
         for weight in read_weights(file):
             progress.advance(task)
             if weight.problem is not None:
                 raise ValueError(f"{args.input}: weight {weight.name!r} ({weight.source}): {weight.problem}")
-            made, row = _convert(weight, args, accept)
+            names = [weight.name, *(name for name, target in aliases.items() if target == weight.name)]
+            made, row = _convert(weight, names, args, accept)
             row.after = writer.add(made)
-            for name in tied.get(weight.name, ()):
+            for name in names[1:]:
                 row.after += writer.alias(replace(made, name=name), weight.name)
             if weight.name in writer.ignored:
                 row.stored, row.reason = "dense", writer.ignored[weight.name]
@@ -166,8 +162,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{output} is a directory that cannot be written over; choose another output")
 
 
-def _convert(weight: Weight, args: argparse.Namespace, accept: Any) -> tuple[Weight, Row]:
-    """The weight as it will be stored, and its row (`after` is for the writer to say)."""
+def _convert(weight: Weight, names: list[str], args: argparse.Namespace, accept: Any) -> tuple[Weight, Row]:
+    """The weight as it will be stored, and its row, but for `after`. names: all that it goes by."""
     assert weight.tensor is not None
     dtype = str(weight.tensor.dtype).removeprefix("torch.")
     row = Row(weight.name, weight.shape, dtype, None, weight.nbytes, 0, "dense", weight.order, "")
@@ -178,7 +174,7 @@ def _convert(weight: Weight, args: argparse.Namespace, accept: Any) -> tuple[Wei
     if args.to == "dense":
         row.reason = f"was {packed.format}" if packed is not None else "was dense"
         return weight, row
-    if not accept(weight.name):
+    if not all(map(accept, names)):
         row.stored, row.reason = (
             packed.format if packed is not None else "dense",
             "left out by --include or --exclude",
@@ -197,7 +193,7 @@ def _convert(weight: Weight, args: argparse.Namespace, accept: Any) -> tuple[Wei
     wish = _wish(found, args)
     pruned = False
     if args.prune and (wish.format is None or (args.format == "sp24" and wish.format != "sp24")):
-        why_not = _why_not_prune(weight, found, args)
+        why_not = _why_not_prune(weight, names, found, args)
         if why_not is None:
             dense, pruned = _prune(dense, args.order), True
             found = analyse(dense)
@@ -246,11 +242,11 @@ def _prune_order(dense: Tensor, order: str) -> str:
     return order if dense.dim() > 2 else "k"
 
 
-def _why_not_prune(weight: Weight, found: Patterns, args: argparse.Namespace) -> str | None:
+def _why_not_prune(weight: Weight, names: list[str], found: Patterns, args: argparse.Namespace) -> str | None:
     order = _prune_order(torch.empty((0,) * len(weight.shape)), args.order)
     if found.dtype not in FLOATS:
         return f"{found.dtype} cannot be pruned"
-    if args.include is None and TENDER.search(weight.name):
+    if args.include is None and any(map(TENDER.search, names)):
         return "not pruned, its name is that of an embedding or a head (--include overrides)"
     if found.order(order).shape[1] < 16 or found.nbytes("sp24", order=order) >= found.nbytes("dense"):
         return f"not pruned, K = {found.order(order).shape[1]} is too small"

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from .. import _ext, dispatch
+from ..conv import library as convolution
 from ..formats import FORMATS
 from ..layout import Layout
 from . import show
 
 OPS = ("mm", "mm_t", "sddmm")
+CONVOLUTIONS = ("conv2d", "conv2d_input", "conv2d_weight")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 EXAMPLE = """example:
   python -m sparsekern info
@@ -53,10 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    runs = "; ".join(f"{op}: {' '.join(names)}" for op, names in row["runs"].items()) or "-"
-    same = set(map(tuple, row["runs"].values()))
-    if len(same) == 1 and list(row["runs"]) == list(OPS):
-        runs = f"{', '.join(OPS)}: {' '.join(next(iter(same)))}"
+    runs = _briefly([f"{op} {name}" for op, names in row["runs"].items() for name in names]) or "-"
     why = "; ".join(f"{_briefly(what)}: {reason}" for reason, what in row["why_not"].items())
     return (row["format"], row["device"], row["backend"], runs, why)
 
@@ -67,10 +66,10 @@ def _briefly(calls: list[str]) -> str:
     for call in calls:
         op, _, dtype = call.partition(" ")
         by_op.setdefault(op, []).append(dtype)
-    same = {tuple(names) for names in by_op.values()}
-    if len(same) == 1 and len(by_op) > 1:
-        return f"{', '.join(by_op)} ({' '.join(next(iter(same)))})"
-    return ", ".join(f"{op} ({' '.join(names)})" if names != [""] else op for op, names in by_op.items())
+    by_dtypes: dict[str, list[str]] = {}
+    for op, names in by_op.items():
+        by_dtypes.setdefault(" ".join(names), []).append(op)
+    return ", ".join(" ".join(ops) + (f" ({names})" if names else "") for names, ops in by_dtypes.items())
 
 
 def machine() -> dict[str, Any]:
@@ -147,15 +146,18 @@ def backends() -> list[dict[str, Any]]:
 def _row(format: str, device: str, backend: str) -> dict[str, Any]:
     runs: dict[str, list[str]] = {}
     why_not: dict[str, list[str]] = {}
-    for op in OPS:
+    for op in (*OPS, *CONVOLUTIONS):
         for dtype in DTYPES:
             layout = _sample(format, dtype, device)
             if layout is None:
                 continue
-            x = torch.zeros(16, 64, dtype=dtype, device=device)
-            if dtype == torch.int8:
-                x = x.to(torch.float32)
-            reason = dispatch.why_not(backend, op, layout, x)
+            wide = torch.float32 if dtype == torch.int8 else dtype
+            if op in OPS:
+                x = torch.zeros(16, 64, dtype=wide, device=device)
+                reason = dispatch.why_not(backend, op, layout, x)
+            else:
+                x = torch.zeros(1, 64, 1, 1, dtype=wide, device=device)
+                reason = convolution.why_not(backend, op, layout, x)
             name = str(dtype).removeprefix("torch.")
             if reason is None:
                 runs.setdefault(op, []).append(name)
@@ -180,4 +182,4 @@ def _sample(format: str, dtype: torch.dtype, device: str) -> Layout | None:
 
 def dispatch_order() -> str:
     order = ", ".join(f"{format}: {' > '.join(dispatch.backends(format, 'cpu'))}" for format in FORMATS)
-    return f"Without backend= the first that can run a call is taken ({order})."
+    return f"Without backend= what tune measured is taken, else the first that can run a call ({order})."

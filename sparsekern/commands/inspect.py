@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import _ext, heuristic
-from ..checkpoint import Weight, read_weights
+from ..checkpoint import Weight, open_tensors, read_weights
 from ..layout import FLOATS
 from ..patterns import Order, Patterns, analyse, suggest
 from . import show
@@ -56,8 +56,11 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     accept, device = show.chosen(args.include, args.exclude), args.device or this_device()
     entries, others = [], 0
-    with show.progress_console().status(f"reading {args.file}"):
-        for weight in read_weights(args.file):
+    file = open_tensors(args.file)
+    with show.progress() as progress:
+        task = progress.add_task("reading", total=len(file.keys()))
+        for weight in read_weights(file):
+            progress.advance(task)
             if accept(weight.name) and is_weight(weight):
                 entries.append(entry(weight, device))
             else:
@@ -228,6 +231,7 @@ def _cells(e: dict[str, Any]) -> tuple[str, ...]:
     exact = [name for name, o in orders.items() if o["is_24"]]
     nearest = min(orders.items(), key=lambda item: item[1]["violations"] / max(item[1]["groups"], 1))
     verdict = f"yes ({', '.join(exact)})" if exact else f"no, {_share(nearest[1])} groups ({nearest[0]})"
+    verdict = verdict if e["density"] < 1 else "no"  # dimensions of one or two are 2:4 without being pruned
     blocks = " ".join(f"{value:.2f}" for value in orders[wish["order"]]["blocks"].values())
     if wish["format"] is None:
         suits = f"dense: {wish['reason']}"

@@ -9,19 +9,27 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 WIDE = 200  # columns of a table that goes to a file or a pipe
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """A reader who has seen enough is no failure; `cli.main` ends quietly."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """stdout; wide where it is no terminal, so that nothing is cut off."""
-    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, soft_wrap=False)
+    return _Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, soft_wrap=False)
 
 
-def progress_console() -> Console:
-    return Console(stderr=True, highlight=False)
+def progress() -> Progress:
+    """A bar on stderr that leaves nothing behind; none where stderr is no terminal."""
+    return Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def table(
