@@ -7,6 +7,7 @@ import json
 import pickle
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 def pruned(*sizes: int, pattern: Any = "2:4", sparsity: float | None = None) -> nn.Sequential:
     """Linears of the given sizes with plain zeros."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(k, n) for k, n in zip(sizes, sizes[1:], strict=False)))
+    model = nn.Sequential(*(nn.Linear(k, n) for k, n in pairwise(sizes)))
     sk.prune.magnitude_(model, pattern, sparsity, keep_mask=False)
     return model.eval()
 
@@ -71,7 +72,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
-    """clock({"csr": 0.5}) makes csr twice as fast as dense; formats not named take 2 ms. Any backend will do."""
+    """clock({"csr": 0.5}): csr is twice as fast as dense; formats not named take 2 ms. Any backend does."""
 
     def install(times: Any, spread: float = 0.0) -> Clock:
         of = times if callable(times) else lambda format, m: 1e-3 * times.get(format, 2.0)
@@ -318,7 +319,7 @@ def test_bad_settings(options: dict[str, Any], match: str) -> None:
 
 
 def test_bad_types() -> None:
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match=r"nn\.Module"):
         sk.convert_(torch.ones(3, 3))
     with pytest.raises(TypeError, match="sample must be"):
         sk.convert_(pruned(8, 8), sample=3.5)
@@ -523,7 +524,7 @@ def test_the_model_itself_is_a_layer() -> None:
     assert any("report.model" in note for note in report.notes)
 
 
-# Shared, tied, wrapped, masked --------------------------------------------------------------------------------
+# Shared, tied, wrapped, masked ------------------------------------------------------------------------------
 
 
 def test_a_shared_module_is_converted_once_and_everywhere(clock) -> None:
@@ -707,11 +708,11 @@ def torch_sparse_weight() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "layer", "reason"),
     [
-        (lambda: nn.Sequential(OwnForward(32, 32)), "0", "OwnForward is a Linear that defines forward itself"),
+        (lambda: nn.Sequential(OwnForward(32, 32)), "0", "OwnForward is a Linear that defines forward"),
         (lambda: nn.Sequential(OwnTensor(32, 32)), "0", "tensors or modules of its own: extra"),
         (lambda: nn.Sequential(patched()), "0", "its forward was replaced"),
         (lambda: nn.Sequential(hooked()), "0", "state_dict hooks"),
-        (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(32, 32))), "0", "parametrization _WeightNorm"),
+        (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(32, 32))), "0", "_WeightNorm"),
         (lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(32, 32), "weight")), "0", "_Orthogonal"),
         (lambda: nn.Sequential(old_weight_norm()), "0", "hook recomputes it"),
         (lambda: nn.Sequential(spectral_norm(nn.Linear(32, 32))), "0", "recomputed by a hook"),
@@ -771,7 +772,8 @@ def report(clock) -> sk.Report:
     clock({"sp24": 0.5, "csr": 1.5, "bitmap": 1.7})
     model = nn.ModuleDict({
         "encoder [bold]": nn.Sequential(*pruned(64, 32)),
-        "a_rather_long_name_for_a_module_in_a_deep_model": nn.Sequential(*pruned(32, 64, pattern="unstructured", sparsity=0.6)),
+        "a_rather_long_name_for_a_module_in_a_deep_model": nn.Sequential(
+            *pruned(32, 64, pattern="row", sparsity=0.6)),
         "left": nn.Linear(64, 64),
     })  # fmt: skip
 
