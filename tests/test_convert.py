@@ -764,6 +764,100 @@ def test_a_model_that_would_break_is_put_back() -> None:
     assert torch.equal(model(rand(2, 32)), want)
 
 
+# Convolutions -----------------------------------------------------------------------------------------------
+
+
+def image_model(**options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(16, 24, 3, **options), nn.ReLU(), nn.Flatten(2)).eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"stride": 2, "padding": 1}, {"padding": "same", "bias": False}, {"dilation": 2, "padding": (1, 2)},
+        {"groups": 4}, {"groups": 8, "padding": 1, "padding_mode": "reflect"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("format", ["sp24", "bsr", "csr", "bitmap"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_convolutions(format: str, options: dict[str, Any], layout: torch.memory_format) -> None:
+    model = image_model(**options)
+    order = "rsc" if options.get("groups", 1) < 8 else "crs"
+    sk.prune.magnitude_(model, sk.prune.NM(order=order), keep_mask=False)
+    x = rand(2, 16, 9, 11).contiguous(memory_format=layout)
+    want, weight, settings = model(x), model[0].weight, repr(model[0])
+    report = sk.convert_(model, format, policy="always", sample=x, block_size=8)
+    row = report["0"]
+    assert row.status == "converted"
+    assert row.max_error < 1e-6
+    assert row.calls == []
+    if format == "sp24":
+        assert row.format == f"sp24 {order}"
+        assert row.pattern == f"2:4 {order}"
+    assert torch.allclose(model(x), want, atol=1e-5)
+    sk.to_dense_(model)
+    assert type(model[0]) is nn.Conv2d
+    assert repr(model[0]) == settings
+    assert torch.equal(model[0].weight, weight)
+    assert torch.equal(model(x), want)
+
+
+def test_a_conv_s_violation_names_both_orders() -> None:
+    with pytest.raises(ValueError, match=r"0: not 2:4: crs: \d+ of 864 groups, first row 0.*; rsc: \d+ of 864"):
+        sk.convert_(image_model(), "sp24", policy="always")
+    report = sk.convert_(image_model(), "sp24", policy="always", prune=True)
+    assert report["0"].status == "converted"
+
+
+def test_convs_are_measured_at_their_images(clock) -> None:
+    seen = clock({"csr": 0.5})
+    model = image_model()
+    sk.prune.magnitude_(model, "unstructured", 0.8)
+    x = rand(2, 16, 9, 11)
+    sample = [x, x.contiguous(memory_format=torch.channels_last), x[0]]
+    report = sk.convert_(model, sample=sample, progress=False)
+    assert [(c.shape, c.tokens, c.count) for c in report["0"].calls] == [
+        ((2, 16, 9, 11), 198, 1), ((2, 16, 9, 11), 198, 1), ((16, 9, 11), 99, 1),
+    ]  # fmt: skip
+    assert seen.calls == 3  # another memory order is another case
+    assert report["0"].format == "csr"
+    seen.times = lambda format, m: 2e-3
+    model = image_model()
+    sk.prune.magnitude_(model, "unstructured", 0.8)
+    report = sk.convert_(model, progress=False)
+    assert report["0"].calls[0].shape == (1, 16, 28, 28)
+    assert report["0"].status == "dense"
+
+
+def test_1x1_and_depthwise() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, groups=16, padding=1)).eval()
+    sk.prune.magnitude_(model, "2:4", keep_mask=False)
+    x = rand(1, 16, 6, 6)
+    want = model(x)
+    report = sk.convert_(model, policy="always", sample=x)
+    assert [row.status for row in report] == ["converted", "converted"]
+    assert torch.allclose(model(x), want, atol=1e-5)
+
+
+def test_a_shared_conv_head() -> None:
+    head = image_model()[0]
+    sk.prune.magnitude_(head, "unstructured", 0.9, keep_mask=False)
+    model = nn.ModuleList([head, nn.Sequential(head)])
+    report = sk.convert_(model, policy="always")
+    assert len(report) == 1
+    assert model[0] is model[1][0]
+    assert isinstance(model[0], SparseModule)
+
+
+def test_convs_with_one_weight_are_left() -> None:
+    model = nn.Sequential(image_model()[0], image_model(stride=2)[0])
+    model[1].weight = model[0].weight
+    report = sk.convert_(model, "csr", policy="always")
+    assert [row.status for row in report] == ["skipped", "skipped"]
+    assert "tied to 1.weight (Conv2d)" in report["0"].reason
+
+
 # Report -----------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..formats import FORMATS
 from ..patterns import Order, Patterns
 from ..tune import described
 from .base import SparseModule
+from .conv import SparseConv2d
 from .linear import SparseLinear
 
 # Near 2:4: at most this share of the groups has a third nonzero, at about half density. A weight pruned to
@@ -44,16 +44,9 @@ class Candidate:
             options["block_size"] = self.block
         if isinstance(layer, nn.Linear):
             return SparseLinear.from_dense(layer, **options)
-        return sparse_conv()(layer, order=self.order or "auto", **options)
-
-
-def sparse_conv() -> Callable[..., SparseModule]:
-    """SparseConv2d.from_dense. Raises NotImplementedError in a build without it."""
-    try:
-        from .conv import SparseConv2d
-    except ImportError as error:
-        raise NotImplementedError("this build has no SparseConv2d") from error
-    return SparseConv2d.from_dense
+        if isinstance(layer, nn.Conv2d):
+            return SparseConv2d.from_dense(layer, order=self.order or "auto", **options)
+        raise TypeError(f"expected an nn.Linear or nn.Conv2d, got {type(layer).__name__}")
 
 
 def storable(patterns: Patterns) -> tuple[Order, ...]:
