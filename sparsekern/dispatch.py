@@ -1,8 +1,8 @@
 """Which backend runs a call, and why the others do not: explicit > tuned > heuristic.
 
 An explicit backend never falls back: it runs or raises with its reason. Without one, the backend that was
-measured fastest for such a call (tune.py) is taken; without a measurement, the first of the format's list for the
-device that can run the call. The oracle can run every call and is last.
+measured fastest for such a call (tune.py) is taken; without a measurement, the first of the format's list
+for the device that can run the call. The oracle can run every call and is last.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What to expect without a measurement: a pure function of (device, format, op, M, N, K, dtype, density).
 
-A roofline of two lines for each side: the time of a call is the larger of what its bytes and what its arithmetic
-take, plus a fixed cost. Few tokens are bound by bytes (decode), many by arithmetic (prefill); where the lines cross,
-M decides as much as the weight does. The constants are one core's, measured; only their ratios matter, because
-cores scale both sides.
+A roofline of two lines for each side: the time of a call is the larger of what its bytes and what its
+arithmetic take, plus a fixed cost. Few tokens are bound by bytes (decode), many by arithmetic (prefill);
+where the lines cross, M decides as much as the weight does. The constants are one core's, measured; only
+their ratios matter, because cores scale both sides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DECODE = 64  # at most so many tokens are called decode
 
 
 class Expected(NamedTuple):
-    """The backend that will run the call, "decode" or "prefill", and the speed-up over dense (below 1: slower)."""
+    """The backend that will run the call, "decode" or "prefill", and the speed-up over dense."""
 
     backend: str
     regime: str
@@ -52,7 +52,8 @@ def predict(
     """The backend, regime and speed-up over dense of one call Y[M, N] = X[M, K] W^T (or its mm_t, sddmm).
 
     device: "cpu-" and an instruction set (portable, avx2, avx512, avx512_bf16, amx), "cpu" without compiled
-    kernels, or "cuda"; density: the share of weights stored. Raises ValueError for names and sizes that cannot be.
+    kernels, or "cuda"; density: the share of weights stored. Raises ValueError for names and sizes that
+    cannot be.
     """
     kind, _, isa = device.partition("-")
     if format not in FORMATS or op not in OPS:
@@ -81,8 +82,8 @@ def predict(
 def _compute(format: str, stored: float, float32: float, own: float) -> tuple[float, float]:
     """GFLOP/s of a kernel, and the share of the dense multiplications that it does.
 
-    bsr runs on the type's own units; where those are far ahead of float32 (AMX), sp24 and bitmap are expanded for
-    them and multiply densely; the others widen to float32.
+    bsr runs on the type's own units; where those are far ahead of float32 (AMX), sp24 and bitmap are
+    expanded for them and multiply densely; the others widen to float32.
     """
     if format == "bsr":
         return _EFFICIENCY[format] * own, stored

@@ -1,12 +1,14 @@
 """Measure, remember, predict: which form of a layer is fastest on this machine.
 
 - `measure` times variants against each other; `store` and `lookup` keep what was found, on disk, per device.
-- `predict` is the answer without a measurement: a pure function of (device, format, op, M, N, K, dtype, density).
+- `predict` is the answer without a measurement: a pure function of (device, format, op, M, N, K, dtype,
+  density).
 
-The cache lives in $SPARSEKERN_CACHE, else $XDG_CACHE_HOME/sparsekern, else ~/.cache/sparsekern: one JSON file per
-device. An entry holds for the device, library versions, instruction set, threads, op, format, type, shape and bucket of
-M and density that it was measured with. SPARSEKERN_TUNE=0 switches the cache off. A file that is not ours is
-ignored with a warning; a file is replaced whole, so a reader never sees half of one.
+The cache lives in $SPARSEKERN_CACHE, else $XDG_CACHE_HOME/sparsekern, else ~/.cache/sparsekern: one JSON
+file per device. An entry holds for the device, library versions, instruction set, threads, op, format,
+type, shape and bucket of M and density that it was measured with. SPARSEKERN_TUNE=0 switches the cache off.
+A file that is not ours is ignored with a warning; a file is replaced whole, so a reader never sees half of
+one.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What a time depends on. `format` includes block and order ("bsr 32x32", "sp24 rsc"); `op` a conv's geometry."""
+    """What a time depends on. `format` has block and order ("bsr 32x32"), `op` a convolution's geometry."""
 
     op: str
     format: str
@@ -127,7 +129,8 @@ def environment(device: str = "cpu") -> str:
     from . import __version__
 
     kind = torch.device(device).type
-    return f"{device_name(device)} | {kind} | torch {torch.__version__} | sparsekern {__version__} {_build()} | {isa()} | {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__} | sparsekern {__version__} {_build()}"
+    return f"{device_name(device)} | {kind} | {versions} | {isa()} | {torch.get_num_threads()} threads"
 
 
 # The cache --------------------------------------------------------------------------------------------------
@@ -187,7 +190,7 @@ def store(case: Case, record: Record) -> None:
 
 
 def save() -> None:
-    """Writes what is new, joined with what other processes have written meanwhile. A warning where it cannot."""
+    """Writes what is new, joined with what others have written meanwhile. A warning where it cannot."""
     for place, new in list(_unsaved.items()):
         merged = {**_read(place), **new}
         try:
@@ -283,8 +286,8 @@ def measure(
 ) -> dict[str, Record]:
     """Times every variant against `dense`: interleaved rounds in random order, medians, in this process.
 
-    Under no_grad and with the current number of threads. `seconds` is what the rounds may take (at least five are
-    made). Returns a Record for every variant.
+    Under no_grad and with the current number of threads. `seconds` is what the rounds may take (at least
+    five are made). Returns a Record for every variant.
     """
     from .testing import measure as interleave
 
@@ -298,12 +301,12 @@ def measure(
 
 
 def _uncertainty(t: Any) -> float:
-    """The relative standard error of a median: 1.25 sigma / sqrt(n), sigma from the 20th to 80th percentile."""
+    """Relative standard error of a median: 1.25 sigma / sqrt(n), sigma from 20th and 80th percentile."""
     return 1.2533 * (t.p80 - t.p20) / 1.6832 / math.sqrt(t.n) / t.median if t.median else 0.0
 
 
 def backend_for(op: str, layout: Any, x: torch.Tensor, names: tuple[str, ...]) -> str | None:
-    """The backend among `names` that was measured fastest for this call, or None where fewer than two were."""
+    """The backend among `names` that was measured fastest for this call; None where fewer than two were."""
     if not enabled():
         return None
     m, (n, k) = x.shape[0], layout.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,11 @@ from ..formats import FORMATS
 from ..patterns import Order, Patterns
 from ..tune import described
 from .base import SparseModule
+from .conv import SparseConv2d
 from .linear import SparseLinear
 
-# Near 2:4: at most this share of the groups has a third nonzero, at about half density. A weight pruned to half at
-# random has 31 % such groups, so the line is far from both kinds.
+# Near 2:4: at most this share of the groups has a third nonzero, at about half density. A weight pruned to
+# half at random has 31 % such groups, so the line is far from both kinds.
 NEAR_VIOLATION, NEAR_DENSITY = 0.05, 0.4
 FULL_24 = 0.35  # below, a weight may be 2:4 by chance, and sp24 would store mostly zeros
 DENSE = 0.95  # above this density a weight counts as dense
@@ -44,16 +44,9 @@ class Candidate:
             options["block_size"] = self.block
         if isinstance(layer, nn.Linear):
             return SparseLinear.from_dense(layer, **options)
-        return sparse_conv()(layer, order=self.order or "auto", **options)
-
-
-def sparse_conv() -> Callable[..., SparseModule]:
-    """SparseConv2d.from_dense. Raises NotImplementedError in a build without it."""
-    try:
-        from .conv import SparseConv2d
-    except ImportError as error:
-        raise NotImplementedError("this build has no SparseConv2d") from error
-    return SparseConv2d.from_dense
+        if isinstance(layer, nn.Conv2d):
+            return SparseConv2d.from_dense(layer, order=self.order or "auto", **options)
+        raise TypeError(f"expected an nn.Linear or nn.Conv2d, got {type(layer).__name__}")
 
 
 def storable(patterns: Patterns) -> tuple[Order, ...]:
@@ -77,7 +70,7 @@ def near(patterns: Patterns) -> bool:
 
 
 def best_blocks(patterns: Patterns) -> list[tuple[int, Order]]:
-    """Block sizes, with their order, that store few and well filled blocks: the least stored first, at most two."""
+    """At most two block sizes, with their order, of few and well filled blocks: the least stored first."""
     found = []
     for order in storable(patterns):
         for size, share in order.blocks.items():
@@ -96,7 +89,7 @@ def best_blocks(patterns: Patterns) -> list[tuple[int, Order]]:
 
 
 def describe(patterns: Patterns) -> str:
-    """The pattern in a few words: "2:4", "2:4 rsc", "near 2:4 (1.2% bad)", "block 32", "unstructured", "dense"."""
+    """The pattern in a few words: "2:4 rsc", "near 2:4 (1.2% bad)", "block 32", "unstructured", ..."""
     if patterns.nonzeros == 0:
         return "all zero"
     conv = len(patterns.shape) > 2
@@ -117,8 +110,8 @@ def candidates(
 ) -> list[Candidate]:
     """The ways to store a weight of these patterns, the most specific format first.
 
-    format "auto": those that the pattern speaks for; else the one asked for. Raises ValueError where the weight is
-    not 2:4 but sp24 is asked for without prune.
+    format "auto": those that the pattern speaks for; else the one asked for. Raises ValueError where the
+    weight is not 2:4 but sp24 is asked for without prune.
     """
     conv = len(patterns.shape) > 2
     fits = exact(patterns)
@@ -177,5 +170,6 @@ def check_options(format: str, prune: bool) -> None:
         raise ValueError(f"format must be 'auto' or one of {', '.join(FORMATS)}, got {format!r}")
     if prune and format not in ("auto", "sp24"):
         raise ValueError(
-            f"prune=True is for format 'sp24' and 'auto'; prune the model first for {format!r} (sparsekern.prune.magnitude_)"
+            f"prune=True is for format 'sp24' and 'auto'; for {format!r} prune the model first "
+            "(sparsekern.prune.magnitude_)"
         )

@@ -51,7 +51,7 @@ class Seen:
 
 
 def default_calls(layer: nn.Module, tokens: Sequence[int]) -> list[Seen]:
-    """What a layer is timed with where there is no sample: `tokens` rows, or one 28 x 28 image for a convolution."""
+    """What a layer is timed with without a sample: `tokens` rows; a convolution one 28 x 28 image."""
     weight: Any = layer.weight
     if isinstance(layer, nn.Conv2d):
         reach = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
@@ -67,7 +67,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def run(model: nn.Module, sample: Any) -> None:
-    """Calls the model with a sample: a tensor, tuple or dict of inputs, a callable(model), or a list of these."""
+    """Calls the model with a sample: a tensor, tuple, dict of inputs, callable(model), or a list of these."""
     if isinstance(sample, Tensor):
         model(sample)
     elif isinstance(sample, Mapping):
@@ -83,13 +83,14 @@ def run(model: nn.Module, sample: Any) -> None:
         sample(model)
     else:
         raise TypeError(
-            f"sample must be a tensor, a tuple or dict of inputs, a callable(model), or a list of these; got {type(sample).__name__}"
+            "sample must be a tensor, a tuple or dict of inputs, a callable(model), or a list of these; "
+            f"got {type(sample).__name__}"
         )
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Inside: evaluation mode, no gradients, nothing compiled or fused, so that every layer's hooks are called."""
+    """Inside: evaluation mode, no gradients, nothing compiled or fused: every layer's hooks are called."""
     training = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -106,7 +107,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def capture(model: nn.Module, sample: Any, layers: Sequence[nn.Module]) -> dict[int, list[Seen]]:
-    """Runs the sample and returns, by id(layer), the kinds of calls that each layer got (none: an absent key)."""
+    """Runs the sample; returns, by id(layer), the kinds of calls that it got (none: an absent key)."""
     seen: dict[int, dict[Any, Seen]] = {}
     kept = 0
 

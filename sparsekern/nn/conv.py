@@ -103,8 +103,8 @@ class SparseConv2d(SparseModule):
             order_number(order),
         )  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
-        operand = self.operand
+    def forward(self, input: Tensor) -> Tensor:
+        operand, x = self.operand, input
         if self.padding_mode != "zeros":
             _check_images(operand, x)
             images = x if x.dim() == 4 else x.unsqueeze(0)  # circular padding wants a batch

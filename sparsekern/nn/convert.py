@@ -51,24 +51,28 @@ def convert_(
     """Replaces nn.Linear and nn.Conv2d by sparse twins, in place, where that is faster; reports every layer.
 
     format: "auto" (what the weight's zeros speak for), "sp24", "bsr" (with block_size), "csr" or "bitmap".
-    policy: "measured" times dense against every candidate and keeps the fastest; "heuristic" decides from shapes
-    alone; "always" takes the first format that fits, untimed.
-    sample: what the model is called with, so that layers are timed at their real shapes: a tensor, a tuple or dict
-    of inputs, a callable(model), or a list of these (several calls). The model runs in evaluation mode without
-    gradients. Without a sample, Linears are timed at `tokens` rows, convolutions with one 28 x 28 image.
-    filter_fn(module, name): only layers for which it is true.
-    prune: allow weights to be changed: sp24 prunes every weight to 2:4 by magnitude, "auto" those that are nearly so.
+    policy: "measured" times dense against every candidate and keeps the fastest; "heuristic" decides from
+    shapes alone; "always" takes the first format that fits, untimed.
+    sample: what the model is called with, so that layers are timed at their real shapes: a tensor, a tuple
+    or dict of inputs, a callable(model), or a list of these (several calls). The model runs in evaluation
+    mode without gradients. Without a sample, Linears are timed at `tokens` rows, convolutions with one 28 x
+    28 image. filter_fn(module, name): only layers for which it is true.
+    prune: allow weights to be changed: sp24 prunes every weight to 2:4 by magnitude, "auto" those that are
+    nearly so.
     min_speedup: what sparse must reach over dense, beyond the noise of its measurement (at least 2 %).
     decide: over "total" time of the sample's calls, or at the "worst" of its shapes.
-    tolerance: largest relative error of a converted layer against the dense one in higher precision (default by type).
-    strict: a weight that cannot be stored in the format asked for raises; else it stays dense with the reason.
+    tolerance: largest relative error of a converted layer against the dense one in higher precision
+    (default by type).
+    strict: a weight that cannot be stored in the format asked for raises; else it stays dense with the
+    reason.
     seconds: the time for one layer at one shape; cache: use and keep measurements (see sparsekern.tune).
 
     Everything is decided and checked before the first layer is replaced: an error leaves the model as it was.
-    A layer converted by a mask (prune.magnitude_, torch.nn.utils.prune) has the mask made permanent. Where `model`
-    itself is the layer, it cannot be replaced in place: use report.model. Make optimizers afterwards: parameters
-    of converted layers are new ones. Raises ValueError for settings that cannot be and, naming layer and first bad
-    group, for a weight that is not 2:4 where sp24 was asked for; RuntimeError for a layer beyond tolerance.
+    A layer converted by a mask (prune.magnitude_, torch.nn.utils.prune) has the mask made permanent. Where
+    `model` itself is the layer, it cannot be replaced in place: use report.model. Make optimizers
+    afterwards: parameters of converted layers are new ones. Raises ValueError for settings that cannot be
+    and, naming layer and first bad group, for a weight that is not 2:4 where sp24 was asked for;
+    RuntimeError for a layer beyond tolerance.
     """
     _check(model, format, policy, prune, min_speedup, decide, tokens)
     found, notes = survey(model, filter_fn)
@@ -84,7 +88,7 @@ def convert_(
             f"{DEFAULT_SIDE}x{DEFAULT_SIDE} image."
         )
     chosen: list[tuple[Site, Trial]] = []
-    settings = {"format": format, "block_size": block_size, "policy": policy, "prune": prune,
+    settings: dict[str, Any] = {"format": format, "block_size": block_size, "policy": policy, "prune": prune,
                 "min_speedup": min_speedup, "decide": decide}  # fmt: skip
     with nullcontext() if cache else tune.disabled(), _bar(sites, progress and policy == "measured") as step:
         for site in sites:
@@ -165,8 +169,8 @@ def _candidates(
         shown = "\n  ".join(bad[:20]) + (f"\n  and {len(bad) - 20} more" if len(bad) > 20 else "")
         raise ValueError(
             f"format 'sp24' was asked for, but {len(bad)} of {len(sites)} weights are not 2:4:\n  {shown}\n"
-            "Prune them first (sparsekern.prune.magnitude_), leave them out (filter_fn, strict=False), or pass "
-            "prune=True to keep the two largest of every group of four"
+            "Prune them first (sparsekern.prune.magnitude_), leave them out (filter_fn, strict=False), or "
+            "pass prune=True to keep the two largest of every group of four"
         )
     return options
 
@@ -178,7 +182,7 @@ def _no_pattern(found: Any, pattern: str) -> str:
         return f"{pattern}, first bad group at {ways.nearest(found).first}; prune=True makes it 2:4"
     if pattern == "2:4 along N":
         return "2:4 along the output features, which no format can use; prune along K"
-    return f"{100 * found.density:.0f}% of the weights are nonzero: too many for csr or bitmap, no blocks, not 2:4"
+    return f"{100 * found.density:.0f}% of the weights are nonzero, neither 2:4 nor in blocks: too many"
 
 
 def _calls(site: Site, seen: dict[int, list[Seen]], sample: Any, tokens: Sequence[int]) -> list[Seen]:
@@ -316,8 +320,8 @@ def _finish_measuring() -> list[str]:
         return []
     tune.discard()
     return [
-        f"Measured on a busy machine (other work takes about {load:.1f} of {tune.cores()} cores): the times are not kept; "
-        "measure again when it is quiet."
+        f"Measured on a busy machine (other work takes about {load:.1f} of {tune.cores()} cores): the times "
+        "are not kept; measure again when it is quiet."
     ]
 
 
@@ -346,14 +350,15 @@ def verify(site: Site, trial: Trial, calls: list[Seen], tolerance: float | None 
             assert_close(out, reference, tol=limit)
         except AssertionError as error:
             raise RuntimeError(
-                f"{site.names[0]} as {trial.candidate} ({trial.backend}) differs from dense at input {call.shape}: {error}"
+                f"{site.names[0]} as {trial.candidate} ({trial.backend}) differs from dense at input "
+                f"{call.shape}: {error}"
             ) from error
     return worst
 
 
-def _exact(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+def _exact(layer: Any, weight: Tensor, x: Tensor) -> Tensor:
     """What the dense layer gives in float64."""
-    bias = None if layer.bias is None else layer.bias.detach().double()  # type: ignore[operator, union-attr]
+    bias = None if layer.bias is None else layer.bias.detach().double()
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(layer, nn.Conv2d):
             return layer._conv_forward(x.double(), weight.double(), bias)
@@ -384,7 +389,7 @@ def _run_again(
     mapping: dict[int, SparseModule],
     chosen: list[tuple[Site, Trial]],
 ) -> None:
-    """The converted model must still run: some code reads `layer.weight` and does what a sparse weight cannot."""
+    """The converted model must still run: code may read `layer.weight` and do what a sparse one cannot."""
     if sample is None or not chosen:
         return
     try:
@@ -393,8 +398,8 @@ def _run_again(
     except Exception as error:
         replace_(model, {id(mapping[id(m)]): m for site, _ in chosen for m in site.modules})
         raise RuntimeError(
-            f"the model no longer runs with its layers converted, and was left as it was: {error}. Code that reads "
-            "a layer's weight itself is the usual cause; leave that layer out with filter_fn"
+            f"the model no longer runs with its layers converted, and was left as it was: {error}. Code that "
+            "reads a layer's weight itself is the usual cause; leave that layer out with filter_fn"
         ) from error
 
 

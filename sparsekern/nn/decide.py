@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch, tune
+from ..conv import library
 from ..heuristic import predict
 from .base import SparseModule
 from .candidates import Candidate
@@ -54,8 +55,6 @@ def backend_of(module: SparseModule, x: Tensor) -> tuple[str, str]:
             for b in dispatch.backends(module.format, x.device.type)
         }
     else:
-        from ..conv import library
-
         name = library.choose("conv2d", packed, x, None).__name__.rpartition(".")[2]
         tried = {b: library.why_not(b, "conv2d", packed, x) for b in dispatch.BACKENDS}
     reasons = [f"{b}: {why}" for b, why in tried.items() if why is not None and "no such backend" not in why]

@@ -22,7 +22,7 @@ CONVERTED, DENSE, SKIPPED, SPARSE = "converted", "dense", "skipped", "sparse"
 
 @dataclass
 class Call:
-    """One shape that a layer was called with: how often, and the milliseconds of one call (None: not timed)."""
+    """One shape that a layer was called with, how often, and the milliseconds of a call (None: untimed)."""
 
     shape: tuple[int, ...]
     tokens: int
@@ -39,8 +39,9 @@ class Call:
 class Row:
     """One layer. `status` is "converted", "dense" (kept so), "skipped" or "sparse" (it already was).
 
-    `dense_ms` and `sparse_ms` are totals over `calls`; of a layer kept dense, sparse_ms is the best candidate's.
-    `expected` is the heuristic's guess of the speed-up where nothing was timed. Bytes are those of the weight.
+    `dense_ms` and `sparse_ms` are totals over `calls`; of a layer kept dense, sparse_ms is the best
+    candidate's. `expected` is the heuristic's guess of the speed-up where nothing was timed. Bytes are
+    those of the weight.
     """
 
     layer: str
@@ -95,7 +96,7 @@ def _total(parts: list[tuple[float | None, int]]) -> float | None:
 class Report:
     """The rows of a conversion, its settings and notes, and the converted `model`.
 
-    print(report) is a table, `to_json` a record, `plot` a picture. Iterating gives the rows; report["name"] one.
+    print(report) is a table, `to_json` a record, `plot` a picture. Iterating gives rows, report["name"] one.
     """
 
     rows: list[Row]
@@ -122,7 +123,7 @@ class Report:
         return [row for row in self.rows if row.status == CONVERTED]
 
     def totals(self) -> dict[str, Any]:
-        """Layers by status, milliseconds of all timed layers before and after, bytes of all weights before and after."""
+        """Layers by status; milliseconds of all timed layers and bytes of all weights, before and after."""
         timed = [row for row in self.rows if row.dense_ms is not None and row.now_ms is not None]
         dense = sum(row.dense_ms for row in timed if row.dense_ms is not None)
         now = sum(row.now_ms for row in timed if row.now_ms is not None)
@@ -136,10 +137,11 @@ class Report:
             "bytes_after": sum(row.bytes_after for row in self.rows),
         }
 
-    # Table ----------------------------------------------------------------------------------------------------
+    # Table
+    # ----------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        """The table as text: as wide as the terminal and in colour there, plain and 160 columns wide elsewhere."""
+        """The table as text: in colour and as wide as the terminal there, elsewhere plain, 160 columns."""
         tty = sys.stdout.isatty()
         return self.text(width=shutil.get_terminal_size((160, 24)).columns if tty else 160, colour=tty)
 
@@ -207,7 +209,8 @@ class Report:
             )
         return lines + self.notes
 
-    # JSON -----------------------------------------------------------------------------------------------------
+    # JSON
+    # -----------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: settings, totals, notes, rows."""
@@ -216,19 +219,20 @@ class Report:
         return {"settings": self.settings, "totals": self.totals(), "notes": self.notes, "rows": rows}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON, also written to `path` where given. Times in milliseconds; absent figures are null."""
+        """The report as JSON, also written to `path` where given. Milliseconds; absent figures are null."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
 
-    # Picture --------------------------------------------------------------------------------------------------
+    # Picture
+    # --------------------------------------------------------------------------------------------------
 
     def plot(self, path: str | Path, top: int = 40) -> Path:
         """Draws time and bytes of every layer, dense beside now, into an image file (.png, .svg, .pdf).
 
-        At most the `top` layers of the largest weights. Raises ImportError naming the extra where matplotlib is
-        absent, ValueError for a report without layers.
+        At most the `top` layers of the largest weights. Raises ImportError naming the extra where
+        matplotlib is absent, ValueError for a report without layers.
         """
         try:
             from matplotlib.figure import Figure

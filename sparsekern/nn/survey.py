@@ -1,7 +1,8 @@
 """Which layers of a model can be converted, and why the others cannot.
 
-A site is one weight with every nn.Linear or nn.Conv2d that uses it: one module under one or more names (shared), or
-several Linears with one Parameter (tied). Everything else that looks like a layer gets a reason.
+A site is one weight with every nn.Linear or nn.Conv2d that uses it: one module under one or more names
+(shared), or several Linears with one Parameter (tied). Everything else that looks like a layer gets a
+reason.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,8 @@ from .report import SKIPPED, SPARSE, Row
 Filter = Callable[[nn.Module, str], bool]
 KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 # A subclass that defines one of these anew is not the layer that it looks like.
-_BEHAVIOUR = ("forward", "__call__", "_conv_forward", "__getattr__", "weight", "bias", "_load_from_state_dict",
-              "_save_to_state_dict")  # fmt: skip
+_BEHAVIOUR = ("forward", "__call__", "_conv_forward", "__getattr__", "weight", "bias",
+              "_load_from_state_dict", "_save_to_state_dict")  # fmt: skip
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
                 "_load_state_dict_post_hooks")  # fmt: skip
 _PLAIN = set(nn.Module().__dict__)
@@ -51,7 +53,8 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        return self.dense[0].weight.detach()  # type: ignore[operator, union-attr]
+        layer: Any = self.dense[0]
+        return layer.weight.detach()
 
     @property
     def conv(self) -> bool:
@@ -91,12 +94,10 @@ class _Context:
         self.owners: dict[int, list[tuple[nn.Module, str]]] = {}
         self.listed: dict[int, str] = {}
         self.adapters: dict[int, str] = {}
-        holder = {
-            id(steps): m
-            for m in modules
-            if parametrize.is_parametrized(m)
-            for steps in m.parametrizations.values()  # type: ignore[operator, union-attr]
-        }
+        holder: dict[int, nn.Module] = {}
+        for m in modules:
+            lists: Any = m.parametrizations if parametrize.is_parametrized(m) else {}
+            holder.update((id(steps), m) for steps in lists.values())
         self.extents: list[tuple[int, int, int, str]] = []
         for m in modules:
             for child in m._modules.values():
@@ -248,13 +249,13 @@ def _why_not_extras(module: nn.Module) -> str | None:
     return f"it has tensors or modules of its own: {', '.join(extra)}" if extra else None
 
 
-def _why_not_weight(module: nn.Module) -> str | None:
+def _why_not_weight(module: Any) -> str | None:
     if parametrize.is_parametrized(module):
-        if list(module.parametrizations) != ["weight"]:  # type: ignore[arg-type]
-            return f"{', '.join(module.parametrizations)} have parametrizations"  # type: ignore[arg-type]
-        steps = module.parametrizations["weight"]  # type: ignore[union-attr, index]
-        if len(steps) != 1 or not isinstance(steps[0], Mask):  # type: ignore[arg-type, index]
-            kinds = ", ".join(type(step).__name__ for step in steps)  # type: ignore[union-attr]
+        if list(module.parametrizations) != ["weight"]:
+            return f"{', '.join(module.parametrizations)} have parametrizations"
+        steps = module.parametrizations["weight"]
+        if len(steps) != 1 or not isinstance(steps[0], Mask):
+            kinds = ", ".join(type(step).__name__ for step in steps)
             return f"its weight has the parametrization {kinds}; remove it first (remove_parametrizations)"
     elif "weight_orig" in module._parameters:
         if "weight_mask" not in module._buffers or _foreign_pre_hook(module):
@@ -287,20 +288,20 @@ def _is_pruning(hook: object) -> bool:
     return isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight"
 
 
-def _parameter(module: nn.Module) -> nn.Parameter | None:
+def _parameter(module: Any) -> nn.Parameter | None:
     """The parameter behind `module.weight`, whatever sits on it."""
     if parametrize.is_parametrized(module, "weight"):
-        original = getattr(module.parametrizations["weight"], "original", None)  # type: ignore[union-attr, index]
+        original = getattr(module.parametrizations["weight"], "original", None)
         return original if isinstance(original, nn.Parameter) else None
     return module._parameters.get("weight_orig", module._parameters.get("weight"))
 
 
-def _plain(module: nn.Module) -> tuple[nn.Module, str]:
+def _plain(module: Any) -> tuple[nn.Module, str]:
     """The module, or a plain layer with its masked weight; and what was done to get it."""
     if mask_of(module) is not None:
-        return plain_twin(module, module.weight.detach()), "mask made permanent"  # type: ignore[operator, union-attr]
+        return plain_twin(module, module.weight.detach()), "mask made permanent"
     if "weight_orig" in module._parameters:
-        weight = module.weight_orig.detach() * module.weight_mask  # type: ignore[operator, union-attr]
+        weight = module.weight_orig.detach() * module.weight_mask
         return plain_twin(module, weight), "torch.nn.utils.prune mask made permanent"
     return module, ""
 
@@ -344,13 +345,14 @@ def _attention_rows(module: nn.MultiheadAttention, name: str) -> Iterator[Row]:
             size = weight.numel() * weight.element_size()
             reason = "nn.MultiheadAttention uses it as a plain tensor; there is no layer to replace"
             yield Row(
-                f"{name}.{part}", type(module).__name__, tuple(weight.shape), reason=reason, bytes_before=size,
-                bytes_after=size,
+                f"{name}.{part}", type(module).__name__, tuple(weight.shape), reason=reason,
+                bytes_before=size, bytes_after=size,
             )  # fmt: skip
 
 
 def _sparse_row(module: SparseModule, names: list[str]) -> Row:
     return Row(
-        names[0], type(module).__name__, tuple(module.dense_shape), SPARSE, density=module.density, format=module.format,
-        bytes_before=module.nbytes, bytes_after=module.nbytes, reason="sparse already", also=tuple(names[1:]),
+        names[0], type(module).__name__, tuple(module.dense_shape), SPARSE, density=module.density,
+        format=module.format, bytes_before=module.nbytes, bytes_after=module.nbytes, reason="sparse already",
+        also=tuple(names[1:]),
     )  # fmt: skip

@@ -27,7 +27,7 @@ def replace_(model: nn.Module, mapping: Mapping[int, nn.Module]) -> nn.Module:
 
 
 def adopt(dense: nn.Module, sparse: SparseModule) -> SparseModule:
-    """Gives `sparse` the hooks, the attributes and the class (for the way back) of the layer that it replaces.
+    """Gives `sparse` the hooks and attributes of the layer that it replaces, and its class for the way back.
 
     Hooks keep working and their handles still remove them.
     """
@@ -36,7 +36,7 @@ def adopt(dense: nn.Module, sparse: SparseModule) -> SparseModule:
     sparse.__dict__.update(carried)
     sparse.__dict__["_carried"] = tuple(carried)
     sparse.__dict__["_dense_class"] = parametrize.type_before_parametrizations(dense)
-    return sparse.train(dense.training)  # type: ignore[return-value]
+    return sparse.train(dense.training)
 
 
 def restore(model: nn.Module) -> nn.Module:

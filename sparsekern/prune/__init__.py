@@ -1,4 +1,4 @@
-"""Pruning: how (score) x what (pattern) x when. Masks live on dense modules until convert_ makes them formats."""
+"""Pruning: how (score) x what (pattern) x when. Masks live on dense modules until convert_."""
 
 from . import score
 from .apply import magnitude_

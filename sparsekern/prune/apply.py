@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,18 @@ def magnitude_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     keep_mask: bool = True,
 ) -> dict[str, float]:
-    """Removes the weights of least |w|^p that the pattern lets go, from every nn.Linear and nn.Conv2d, in place.
+    """Removes the weights of least |w|^p that the pattern lets go, from Linears and Conv2ds, in place.
 
-    pattern: "2:4", "unstructured" (inside each weight), "row", "global" (one threshold for the whole model), "block",
-    or a Pattern (NM, Unstructured, Block); sparsity: the share to remove, for all but N:M, which has its own.
-    filter_fn(module, name) chooses the layers. With keep_mask the mask stays through fine-tuning as a parametrization
-    (end it with `finalize_`, or let `convert_` do so); else the zeros are written into the weight and nothing is left.
-    A layer that is already masked is pruned further from its masked weight.
+    pattern: "2:4", "unstructured" (inside each weight), "row", "global" (one threshold for the whole
+    model), "block", or a Pattern (NM, Unstructured, Block); sparsity: the share to remove, for all but N:M,
+    which has its own. filter_fn(module, name) chooses the layers. With keep_mask the mask stays through
+    fine-tuning as a parametrization (end it with `finalize_`, or let `convert_` do so); else the zeros are
+    written into the weight and nothing is left. A layer that is already masked is pruned further from its
+    masked weight.
 
-    Returns the sparsity reached, by layer. Layers that cannot be pruned (a foreign parametrization, a weight tied to
-    something that is no Linear or Conv2d, no parameter of its own) are left alone with a warning that says why.
+    Returns the sparsity reached, by layer. Layers that cannot be pruned (a foreign parametrization, a
+    weight tied to something that is no Linear or Conv2d, no parameter of its own) are left alone with a
+    warning that says why.
     """
     rule = pattern_of(pattern)
     targets = _targets(model, filter_fn)
@@ -57,10 +60,10 @@ def density(mask: Tensor) -> float:
     return int(torch.count_nonzero(mask)) / mask.numel() if mask.numel() else 0.0
 
 
-def weight_parameter(module: nn.Module) -> nn.Parameter | None:
+def weight_parameter(module: Any) -> nn.Parameter | None:
     """The parameter behind `module.weight`, masked or not; None where there is no single one."""
     if mask_of(module) is not None:
-        original = getattr(module.parametrizations["weight"], "original", None)  # type: ignore[union-attr, index]
+        original = getattr(module.parametrizations["weight"], "original", None)
         return original if isinstance(original, nn.Parameter) else None
     weight = module._parameters.get("weight")
     return weight if isinstance(weight, nn.Parameter) else None

@@ -1,10 +1,12 @@
 """A mask lives on the dense module as a parametrization until conversion makes it a format.
 
-The module's `weight` is then `where(mask, original, 0)`: removed weights get no gradient and stay zero whatever the
-optimizer, its momentum or its weight decay do to the original.
+The module's `weight` is then `where(mask, original, 0)`: removed weights get no gradient and stay zero
+whatever the optimizer, its momentum or its weight decay do to the original.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +34,10 @@ class Mask(nn.Module):
         return f"shape={tuple(self.mask.shape)}, density={self.mask.float().mean().item():.4f}"
 
 
-def mask_of(module: nn.Module, name: str = "weight") -> Mask | None:
+def mask_of(module: Any, name: str = "weight") -> Mask | None:
     """The mask on `module.weight`, or None."""
     if parametrize.is_parametrized(module, name):
-        for step in module.parametrizations[name]:  # type: ignore[union-attr, index]
+        for step in module.parametrizations[name]:
             if isinstance(step, Mask):
                 return step
     return None
@@ -59,10 +61,11 @@ def finalize_(model: nn.Module) -> nn.Module:
     The parameters keep their identity, so an optimizer goes on with them (and may then fill the zeros again).
     Foreign parametrizations are left alone; a mask that shares its weight with one raises ValueError.
     """
+    masked: list[tuple[str, Any]]
     masked = [(name, module) for name, module in model.named_modules() if mask_of(module) is not None]
     for name, module in masked:
-        if len(module.parametrizations["weight"]) > 1:  # type: ignore[union-attr, index, arg-type]
-            kinds = ", ".join(type(step).__name__ for step in module.parametrizations["weight"])  # type: ignore[union-attr, index]
+        if len(module.parametrizations["weight"]) > 1:
+            kinds = ", ".join(type(step).__name__ for step in module.parametrizations["weight"])
             raise ValueError(
                 f"{name or type(module).__name__}: the weight has several parametrizations ({kinds})"
             )
@@ -79,8 +82,8 @@ def finalize_(model: nn.Module) -> nn.Module:
 def _own_class(module: nn.Module) -> None:
     """Gives a parametrized module a class of its own.
 
-    torch makes one when it registers a parametrization, but a deepcopy shares it, and removing the parametrization
-    from one of the two takes the `weight` property away from both.
+    torch makes one when it registers a parametrization, but a deepcopy shares it, and removing the
+    parametrization from one of the two takes the `weight` property away from both.
     """
     cls = type(module)
     own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}

@@ -1,8 +1,8 @@
-"""Which weights may stay: N:M, unstructured, block. A pattern turns scores into a mask; a format stores the result.
+"""Which weights may stay: N:M, unstructured, block. A pattern turns scores into a mask; a format stores it.
 
 A convolution's weight [N, C, R, S] is a matrix W[N, K] in one of two orders of K: "crs" is the flattened
-(c, r, s), as `weight.flatten(1)` has it; "rsc" has the channels innermost, so that a group of four lies along C at a
-fixed tap. The two agree for 1x1 kernels only, so a pattern always says which one it means.
+(c, r, s), as `weight.flatten(1)` has it; "rsc" has the channels innermost, so that a group of four lies along
+C at a fixed tap. The two agree for 1x1 kernels only, so a pattern always says which one it means.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class NM(Pattern):
     def mask(self, scores: Tensor, sparsity: float | None = None, p: float = 1.0) -> Tensor:
         if sparsity is not None and abs(sparsity - self.sparsity) > 1e-6:
             raise ValueError(
-                f"keep={self.keep}, group={self.group} has sparsity {self.sparsity:g}, so sparsity={sparsity} cannot hold"
+                f"keep={self.keep}, group={self.group} has sparsity {self.sparsity:g}, not {sparsity}"
             )
         matrix = _matrix(scores, self.order)
         rows = matrix if self.axis == 1 else matrix.t()
-        n, k = rows.shape
+        k = rows.shape[1]
         # Padding scores below every weight, so that a ragged group keeps real entries.
         groups = torch.nn.functional.pad(rows, (0, -k % self.group), value=-1.0).unflatten(
             1, (-1, self.group)
@@ -89,8 +89,9 @@ class NM(Pattern):
 class Unstructured(Pattern):
     """Keep the best weights, wherever they are.
 
-    `per` "layer" compares inside one weight, "row" inside each output row, "global" across all weights of a call;
-    then `min_keep` is the share that every layer keeps at least, which prevents the collapse of a layer.
+    `per` "layer" compares inside one weight, "row" inside each output row, "global" across all weights of a
+    call; then `min_keep` is the share that every layer keeps at least, which prevents the collapse of a
+    layer.
     """
 
     per: str = "layer"
@@ -163,7 +164,8 @@ class Block(Pattern):
 def pattern_of(pattern: Pattern | str) -> Pattern:
     """A pattern from itself or from its name: "2:4", "unstructured", "global", "row", "block" (32 x 32).
 
-    Other N:M patterns are written NM(keep=..., group=...): the field does not agree on whether N is kept or pruned.
+    Other N:M patterns are written NM(keep=..., group=...): the field does not agree on whether N is kept or
+    pruned.
     """
     if isinstance(pattern, Pattern):
         return pattern
@@ -176,8 +178,8 @@ def pattern_of(pattern: Pattern | str) -> Pattern:
     }
     if pattern not in known:
         raise ValueError(
-            f"pattern must be one of {', '.join(known)}, or a Pattern such as NM(keep=1, group=4) or Block((16, 32)); "
-            f"got {pattern!r}"
+            f"pattern must be one of {', '.join(known)}, or a Pattern such as NM(keep=1, group=4) or "
+            f"Block((16, 32)); got {pattern!r}"
         )
     return known[pattern]
 

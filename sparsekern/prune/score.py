@@ -14,8 +14,8 @@ from torch import Tensor
 def magnitude(weight: Tensor, p: float = 1.0) -> Tensor:
     """|w|^p for every weight (L1: p=1, L2: p=2); p = inf gives |w|, to be joined by a maximum.
 
-    weight of any shape and floating type; returns float32 (float64 for float64). Raises ValueError for p <= 0 and for
-    a weight that holds NaN, whose order is undefined.
+    weight of any shape and floating type; returns float32 (float64 for float64). Raises ValueError for p <=
+    0 and for a weight that holds NaN, whose order is undefined.
     """
     if not p > 0:
         raise ValueError(f"p must be positive (1: L1, 2: L2, inf: maximum), got {p}")
@@ -29,9 +29,10 @@ def magnitude(weight: Tensor, p: float = 1.0) -> Tensor:
 
 
 def blocks(scores: Tensor, block: tuple[int, int], p: float = 1.0) -> Tensor:
-    """The score of every R x C block of scores [N, K]: sum over |w|^p (p = inf: the largest); [ceil(N/R), ceil(K/C)].
+    """The score of every R x C block of scores [N, K]: the sum, for p = inf the largest.
 
-    `scores` are those of `magnitude(weight, p)`. Edge blocks count the entries that they have.
+    `scores` are those of `magnitude(weight, p)`. Returns [ceil(N/R), ceil(K/C)]; edge
+    blocks count the entries that they have.
     """
     (n, k), (r, c) = scores.shape, block
     nb, kb = -(-n // r), -(-k // c)
