@@ -37,6 +37,11 @@ def why_not_host() -> str | None:
     return f"the compiled CPU module is missing (reinstall with a C++ compiler): {reason}"
 
 
+def host_packs(dense: torch.Tensor) -> bool:
+    """Whether the compiled packers take this dense matrix; plain torch packs the others."""
+    return dense.device.type == "cpu" and dense.dtype in DTYPES and why_not_host() is None
+
+
 def why_not_cuda() -> str | None:
     """Why the compiled GPU kernels are not available, or None where they are."""
     if not torch.cuda.is_available():

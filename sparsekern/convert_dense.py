@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import bitmap, bsr, csr, sp24
 from .layout import FLOATS
-from .tensor import SparseTensor
+from .tensor import SparseTensor, _wrap
 
 _SPARSE_LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -21,7 +21,7 @@ def to_sparse_semi_structured(w: Any, *, prune: bool = False) -> SparseTensor:
     float64. A weight that is not 2:4 raises a ValueError that names the row, the group and the values;
     prune=True keeps the two of largest magnitude in every group instead.
     """
-    return SparseTensor(sp24.pack(dense_weight(w), prune=prune))
+    return _wrap(sp24.pack(dense_weight(w), prune=prune))
 
 
 def to_block_sparse(w: Any, block_size: int | tuple[int, int] = 32) -> SparseTensor:
@@ -32,17 +32,17 @@ def to_block_sparse(w: Any, block_size: int | tuple[int, int] = 32) -> SparseTen
     block = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
     if len(block) != 2 or not all(isinstance(b, int) and b >= 1 for b in block):
         raise ValueError(f"block_size must be a positive integer or a pair of them, got {block_size}")
-    return SparseTensor(bsr.pack(dense_weight(w), block))
+    return _wrap(bsr.pack(dense_weight(w), block))
 
 
 def to_csr(w: Any) -> SparseTensor:
     """W[N, K] as CSR: the nonzeros. Inputs as for to_sparse_semi_structured."""
-    return SparseTensor(csr.pack(dense_weight(w)))
+    return _wrap(csr.pack(dense_weight(w)))
 
 
 def to_bitmap(w: Any) -> SparseTensor:
     """W[N, K] as one bit a weight and the nonzeros. Inputs as for to_sparse_semi_structured."""
-    return SparseTensor(bitmap.pack(dense_weight(w)))
+    return _wrap(bitmap.pack(dense_weight(w)))
 
 
 def dense_weight(w: Any) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ._ext import DTYPES, host_packs
+
 L = TypeVar("L", bound="Layout")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -120,8 +122,16 @@ class Layout:
 
     def to_dense(self) -> Tensor:
         """The dense W[N, K], scales applied (then float32)."""
-        dense = self.unpack()
+        if host_packs(self.values):
+            dense = self.values.new_empty(self.shape)
+            self._unpack_host(dense, DTYPES[self.dtype], torch.get_num_threads())
+        else:
+            dense = self.unpack()
         return dense if self.scale is None else dense.to(torch.float32) * self.scale[:, None]
+
+    def _unpack_host(self, dense: Tensor, dtype: int, threads: int) -> None:
+        """`unpack` into `dense` [N, K] by the compiled module."""
+        raise NotImplementedError(f"{type(self).__name__} has no compiled unpack")
 
     # What every check() begins with.
 

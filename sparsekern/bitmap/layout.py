@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._ext import host
 from ..layout import FLOATS, Layout
 
 
@@ -33,6 +34,11 @@ class Bitmap(Layout):
         dense = self.values.new_zeros(self.shape)
         dense[self.mask()] = self.values
         return dense
+
+    def _unpack_host(self, dense: Tensor, dtype: int, threads: int) -> None:
+        n, k = self.shape
+        stored = (self.values.data_ptr(), self.bits.data_ptr(), self.offsets.data_ptr())
+        host().bitmap_unpack(*stored, dtype, n, k, dense.data_ptr(), threads)
 
     def sample(self, dense: Tensor) -> Tensor:
         return dense[self.mask()]

@@ -132,38 +132,3 @@ def sddmm(layout: Bsr, dy: Tensor, x: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return dvalues
-
-
-def pack(dense: Tensor, block: tuple[int, int], *, scale: Tensor | None = None) -> Bsr:
-    """The blocks of W[N, K] (float32, bfloat16, float16 or int8) that hold a nonzero."""
-    dense = _rows(dense)
-    (n, k), (r, c) = dense.shape, block
-    nb, kb, threads = -(-n // r), -(-k // c), torch.get_num_threads()
-    flags = dense.new_empty(nb * kb, dtype=torch.uint8)
-    crow = dense.new_empty(nb + 1, dtype=torch.int32)
-    where = (dense.data_ptr(), DTYPES[dense.dtype], dense.stride(0), n, k, r, c, flags.data_ptr(), crow.data_ptr())
-    host().bsr_count(*where, threads)
-    nnzb = int(crow[-1])
-    col, values = dense.new_empty(nnzb, dtype=torch.int32), dense.new_empty((nnzb, r, c))
-    host().bsr_fill(*where, col.data_ptr(), values.data_ptr(), threads)
-    return Bsr(values=values, crow=crow, col=col, shape=(n, k), block=(r, c), scale=scale)
-
-
-def unpack(layout: Bsr) -> Tensor:
-    """The dense W[N, K] in the values' type (scales not applied)."""
-    (n, k), (r, c), values = layout.shape, layout.block, layout.values
-    dense = values.new_empty((n, k))
-    host().bsr_unpack(
-        dense.data_ptr(),
-        DTYPES[values.dtype],
-        k,
-        n,
-        k,
-        r,
-        c,
-        layout.crow.data_ptr(),
-        layout.col.data_ptr(),
-        values.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return dense

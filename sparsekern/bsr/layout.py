@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ext import host
 from ..layout import FLOATS, Layout
 
 
@@ -54,6 +55,11 @@ class Bsr(Layout):
         blocks = self.values.new_zeros(nb, kb, r, c)
         blocks[self.block_rows(), self.col.long()] = self.values
         return blocks.transpose(1, 2).reshape(nb * r, kb * c)[:n, :k].contiguous()
+
+    def _unpack_host(self, dense: Tensor, dtype: int, threads: int) -> None:
+        (n, k), (r, c) = self.shape, self.block
+        index = (self.crow.data_ptr(), self.col.data_ptr())
+        host().bsr_unpack(dense.data_ptr(), dtype, k, n, k, r, c, *index, self.values.data_ptr(), threads)
 
     def sample(self, dense: Tensor) -> Tensor:
         (n, k), (nb, kb), (r, c) = self.shape, self.grid, self.block

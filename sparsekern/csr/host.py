@@ -163,35 +163,3 @@ def sddmm(layout: Csr, dy: Tensor, x: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return dvalues
-
-
-def pack(dense: Tensor) -> Csr:
-    """The nonzeros of W[N, K] (float32, bfloat16, float16 or int8)."""
-    dense = _rows(dense)
-    (n, k), threads = dense.shape, torch.get_num_threads()
-    crow = torch.empty(n + 1, dtype=torch.int32)
-    where = (dense.data_ptr(), DTYPES[dense.dtype], n, k, dense.stride(0), crow.data_ptr())
-    nnz = host().csr_count(*where, threads)
-    if nnz < 0:
-        raise ValueError(f"W[{n}, {k}] has 2^31 nonzeros or more, too many for int32 row starts")
-    col, values = torch.empty(nnz, dtype=torch.int32), dense.new_empty(nnz)
-    host().csr_fill(*where, col.data_ptr(), values.data_ptr(), threads)
-    return Csr(values=values, crow=crow, col=col, shape=(n, k))
-
-
-def unpack(layout: Csr) -> Tensor:
-    """The dense W[N, K]."""
-    (n, k), values = layout.shape, layout.values
-    dense = values.new_empty((n, k))
-    host().csr_unpack(
-        dense.data_ptr(),
-        DTYPES[values.dtype],
-        n,
-        k,
-        k,
-        layout.crow.data_ptr(),
-        layout.col.data_ptr(),
-        values.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return dense

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._ext import host
 from ..layout import FLOATS, Layout
 
 
@@ -32,6 +33,11 @@ class Csr(Layout):
         dense = self.values.new_zeros(self.shape)
         dense[self.rows(), self.col.long()] = self.values
         return dense
+
+    def _unpack_host(self, dense: Tensor, dtype: int, threads: int) -> None:
+        n, k = self.shape
+        index = (self.crow.data_ptr(), self.col.data_ptr())
+        host().csr_unpack(dense.data_ptr(), dtype, n, k, k, *index, self.values.data_ptr(), threads)
 
     def sample(self, dense: Tensor) -> Tensor:
         return dense[self.rows(), self.col.long()]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._ext import host
 from ..layout import FLOATS, Layout
 
 LEGAL_NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
@@ -50,6 +51,10 @@ class Sp24(Layout):
         n, k = self.shape
         dense = self.values.new_zeros(n, padded(k))
         return dense.scatter_(1, self.columns(), self.values)[:, :k].contiguous()
+
+    def _unpack_host(self, dense: Tensor, dtype: int, threads: int) -> None:
+        n, k = self.shape
+        host().sp24_unpack(self.values.data_ptr(), self.meta.data_ptr(), dtype, n, k, dense.data_ptr(), threads)
 
     def sample(self, dense: Tensor) -> Tensor:
         k = self.shape[1]
