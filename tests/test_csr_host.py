@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sparsekern._ext import DTYPES, host, why_not_host
-from sparsekern.csr import Csr
+from sparsekern.csr import Csr, pack
 
 if why_not_host() is not None:
     pytest.skip("the compiled CPU module is missing", allow_module_level=True)
@@ -68,7 +68,7 @@ def error(got, want):
 
 
 def check_products(w, m, bias=True, activation="none", uses=1):
-    layout, dense, dtype = csr.pack(w), w.double(), w.dtype
+    layout, dense, dtype = pack(w), w.double(), w.dtype
     n, k = w.shape
     x, dy = view(m, k, dtype, 1), view(m, n, dtype, 2)
     b = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(dtype) if bias else None
@@ -108,7 +108,7 @@ def test_activations(isa, activation, m):
 def test_activation_tails(isa):
     """The epilogue far out, where 1 + erf and 1 + tanh cancel; infinities and NaN as torch has them."""
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, 1e30, float("inf"), float("-inf"), float("nan")])])
-    layout = csr.pack(torch.ones(1, 1))
+    layout = pack(torch.ones(1, 1))
     for name, function in ACTIVATIONS.items():
         got = csr.mm(layout, x[:, None], None, name)[:, 0]
         with torch.no_grad():
@@ -141,7 +141,7 @@ def test_threads_agree(m):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            layout = csr.pack(w)
+            layout = pack(w)
             results.append((csr.mm(layout, x, None, "none"), csr.mm_t(layout, dy), csr.sddmm(layout, dy, x)))
     finally:
         torch.set_num_threads(before)
@@ -154,7 +154,7 @@ def test_threads_agree(m):
 def test_optimizer_step_is_seen():
     """The copy of the values in walking order is made on second use and follows the values' version."""
     w = weight(256, 1024, 0.5)
-    layout, x = csr.pack(w), torch.randn(128, 1024)
+    layout, x = pack(w), torch.randn(128, 1024)
     for step in range(3):
         for _ in range(3):
             assert error(csr.mm(layout, x, None, "none"), x.double() @ (w.double() * 2**step).t()) < 2e-6
@@ -162,7 +162,7 @@ def test_optimizer_step_is_seen():
 
 
 def test_topology_change_is_seen():
-    layout, x = csr.pack(weight(64, 1024, 0.5)), torch.randn(128, 1024)
+    layout, x = pack(weight(64, 1024, 0.5)), torch.randn(128, 1024)
     csr.mm(layout, x, None, "none"), csr.mm(layout, x, None, "none")
     layout.col.copy_(1023 - layout.col.flip(0))
     layout.crow.copy_(layout.crow[-1] - layout.crow.flip(0))
@@ -180,12 +180,12 @@ def test_pack(isa, dtype, shape):
     if dtype != torch.int8 and k > 3:
         wide[0, 1], wide[0, 2], wide[0, 3] = -0.0, float("nan"), float("inf")
     dense = wide[:, 1 : k + 1]
-    layout = csr.pack(dense)
+    layout = pack(dense)
     mask = dense != 0
     assert torch.equal(layout.crow, torch.cat([torch.zeros(1), mask.sum(1).cumsum(0)]).int())
     assert torch.equal(layout.col, mask.nonzero()[:, 1].int())
     assert torch.equal(layout.values.nan_to_num(7), dense[mask].nan_to_num(7))
-    back = csr.unpack(layout)
+    back = layout.to_dense()
     assert torch.equal(back.nan_to_num(7), torch.where(mask, dense, 0).nan_to_num(7))
 
 
@@ -195,7 +195,7 @@ def test_int8_values_for_other_formats(isa, m, scale):
     """The entry that formats with row-major int8 values call: scale per row, bias of another type, no plan given."""
     n, k = 50, 300
     w = (torch.randn(n, k) * 40 * (torch.rand(n, k) > 0.5)).to(torch.int8)
-    layout, x, y = csr.pack(w), torch.randn(m, k), torch.full((m, n), float("nan"))
+    layout, x, y = pack(w), torch.randn(m, k), torch.full((m, n), float("nan"))
     scales, bias = torch.rand(n) if scale else None, torch.randn(n).bfloat16()
     host().csr_mm(
         *(layout.values.data_ptr(), DTYPES[torch.int8], layout.crow.data_ptr(), layout.col.data_ptr(), n, k, 0, 0, 0),
@@ -208,7 +208,7 @@ def test_int8_values_for_other_formats(isa, m, scale):
 
 def test_why_not():
     w, x = weight(8, 16, 0.5), torch.randn(2, 16)
-    layout = csr.pack(w)
+    layout = pack(w)
     assert csr.why_not("mm", layout, x) is None
     assert "float64" in csr.why_not("mm", layout, x.double())
     assert "must agree" in csr.why_not("mm", layout, x.half())

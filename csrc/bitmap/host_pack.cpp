@@ -11,7 +11,7 @@ namespace {
 // Calls body(row) for every row, in tasks of about a quarter of a million weights.
 template <class Body>
 void rows_of(int64_t n, int64_t k, int threads, Body&& body) {
-    const int64_t step = k ? (int64_t(1) << 18) / k + 1 : n;
+    const int64_t step = k ? (int64_t(1) << 18) / k + 1 : n + 1;
     if (n * k < (1 << 17)) threads = 1;
     parallel_for((n + step - 1) / step, threads, [&](int64_t task) {
         for (int64_t r = task * step; r < n && r < (task + 1) * step; ++r) body(r);
