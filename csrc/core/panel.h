@@ -74,10 +74,11 @@ template <Dtype T>
 void pack_panel(const void* x, int64_t ldx, int tokens, int64_t count, int nt, float* panel) {
     const char* rows = static_cast<const char*>(x);
     const int64_t stride = ldx * size_of(T);
-    for (int64_t k = 0; k < count; k += kLanes) {
-        const int ks = int(count - k < kLanes ? count - k : kLanes);
-        for (int t = 0; t < nt; t += kLanes) {
-            const int ts = tokens - t;
+    // Tokens outside: kLanes rows at a time are read along, as streams; all rows at once would be a page each.
+    for (int t = 0; t < nt; t += kLanes) {
+        const int ts = tokens - t;
+        for (int64_t k = 0; k < count; k += kLanes) {
+            const int ks = int(count - k < kLanes ? count - k : kLanes);
             float* out = panel + k * nt + t;
             const char* in = rows + t * stride + k * size_of(T);
             Vf r[kLanes];
@@ -103,14 +104,14 @@ template <Dtype T, Act A>
 void unpack_panel_act(const float* panel, int nt, int tokens, int64_t count, const Epilogue& e, void* y, int64_t ldy) {
     char* rows = static_cast<char*>(y);
     const int64_t stride = ldy * size_of(T);
-    for (int64_t n = 0; n < count; n += kLanes) {
-        const int ns = int(count - n < kLanes ? count - n : kLanes);
-        const Vf scale = e.scale ? vf_load_part<Dtype::f32>(e.scale + n, ns) : vf_set(1.0f);
-        const Vf bias = e.bias ? vf_load_bias(e.bias, e.bias_dtype, n, ns) : Vf{};
-        for (int t = 0; t < tokens; t += kLanes) {
+    for (int t = 0; t < tokens; t += kLanes) {
+        const int ts = tokens - t < kLanes ? tokens - t : kLanes;
+        for (int64_t n = 0; n < count; n += kLanes) {
+            const int ns = int(count - n < kLanes ? count - n : kLanes);
+            const Vf scale = e.scale ? vf_load_part<Dtype::f32>(e.scale + n, ns) : vf_set(1.0f);
+            const Vf bias = e.bias ? vf_load_bias(e.bias, e.bias_dtype, n, ns) : Vf{};
             const float* in = panel + n * nt + t;
             char* out = rows + t * stride + n * size_of(T);
-            const int ts = tokens - t < kLanes ? tokens - t : kLanes;
             Vf r[kLanes];
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) r[i] = i < ns ? vf_load(in + i * nt) : Vf{};

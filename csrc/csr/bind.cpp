@@ -35,50 +35,50 @@ const sk::CsrTable& table() {
 }
 
 sk::CsrMatrix matrix(Address values, int dtype, Address crow, Address col, int64_t rows, int64_t cols, Address plan,
-                     int shift, Address stream = 0) {
-    return {at(values), sk::Dtype(dtype), ints(crow), ints(col), rows, cols, at(plan), shift, at(stream)};
+                     int tile, Address stream = 0) {
+    return {at(values), sk::Dtype(dtype), ints(crow), ints(col), rows, cols, at(plan), tile, at(stream)};
 }
 
 }  // namespace
 
 void bind_csr(py::module_& m) {
     m.def("csr_plan_bytes", &sk::csr_plan_bytes);
-    m.def("csr_shift", [](int64_t tokens, int64_t rows, int64_t cols, int64_t nnz) {
-        return table().shift(tokens, rows, cols, nnz);
+    m.def("csr_tile", [](int64_t tokens, int64_t rows, int64_t cols, int64_t nnz) {
+        return table().tile(tokens, rows, cols, nnz);
     });
-    m.def("csr_plan", [](Address crow, Address col, int64_t rows, int64_t cols, int shift, Address out, int threads) {
+    m.def("csr_plan", [](Address crow, Address col, int64_t rows, int64_t cols, int tile, Address out, int threads) {
         py::gil_scoped_release release;
-        table().plan(matrix(0, 0, crow, col, rows, cols, 0, shift), at(out), threads);
+        table().plan(matrix(0, 0, crow, col, rows, cols, 0, tile), at(out), threads);
     });
     m.def("csr_stream", [](Address values, int dtype, Address crow, Address col, int64_t rows, int64_t cols,
-                           Address plan, int shift, Address out, int threads) {
+                           Address plan, int tile, Address out, int threads) {
         py::gil_scoped_release release;
-        table().stream(matrix(values, dtype, crow, col, rows, cols, plan, shift), at(out), threads);
+        table().stream(matrix(values, dtype, crow, col, rows, cols, plan, tile), at(out), threads);
     });
     m.def("csr_mm", [](Address values, int dtype, Address crow, Address col, int64_t rows, int64_t cols, Address plan,
-                       int shift, Address stream, Address x, int x_dtype, int64_t tokens, int64_t ldx, Address y,
+                       int tile, Address stream, Address x, int x_dtype, int64_t tokens, int64_t ldx, Address y,
                        int64_t ldy, Address scale, Address bias, int bias_dtype, int act, int threads) {
         py::gil_scoped_release release;
-        table().mm({matrix(values, dtype, crow, col, rows, cols, plan, shift, stream),
+        table().mm({matrix(values, dtype, crow, col, rows, cols, plan, tile, stream),
                     {at(x), sk::Dtype(x_dtype), tokens, cols, ldx},
                     {at(y), sk::Dtype(x_dtype), tokens, rows, ldy},
                     {static_cast<const float*>(at(scale)), at(bias), sk::Dtype(bias_dtype), sk::Act(act)},
                     threads});
     });
     m.def("csr_mm_t", [](Address values, int dtype, Address crow, Address col, int64_t rows, int64_t cols,
-                         Address plan, int shift, Address dy, int x_dtype, int64_t tokens, int64_t lddy, Address dx,
+                         Address plan, int tile, Address dy, int x_dtype, int64_t tokens, int64_t lddy, Address dx,
                          int64_t lddx, int threads) {
         py::gil_scoped_release release;
-        table().mm_t({matrix(values, dtype, crow, col, rows, cols, plan, shift),
+        table().mm_t({matrix(values, dtype, crow, col, rows, cols, plan, tile),
                       {at(dy), sk::Dtype(x_dtype), tokens, rows, lddy},
                       {at(dx), sk::Dtype(x_dtype), tokens, cols, lddx},
                       threads});
     });
     m.def("csr_sddmm", [](Address dvalues, int dtype, Address crow, Address col, int64_t rows, int64_t cols,
-                          Address plan, int shift, Address dy, int x_dtype, int64_t tokens, int64_t lddy, Address x,
+                          Address plan, int tile, Address dy, int x_dtype, int64_t tokens, int64_t lddy, Address x,
                           int64_t ldx, int threads) {
         py::gil_scoped_release release;
-        table().sddmm({matrix(dvalues, dtype, crow, col, rows, cols, plan, shift),
+        table().sddmm({matrix(dvalues, dtype, crow, col, rows, cols, plan, tile),
                        {at(dy), sk::Dtype(x_dtype), tokens, rows, lddy},
                        {at(x), sk::Dtype(x_dtype), tokens, cols, ldx},
                        threads});

@@ -32,31 +32,28 @@ inline void narrow(const int32_t* col, int32_t first, int64_t count, uint8_t* ou
 }  // namespace
 
 // As wide a tile as its x, at the panel's width, leaves room for in L1.
-int csr_shift(int64_t m, int64_t, int64_t cols, int64_t) {
-    const Panels panels(m);
+int csr_tile(int64_t m, int64_t rows, int64_t cols, int64_t nnz) {
     if (m <= kLanes) return 0;
-    const int64_t row = panels.width(0) * int64_t(sizeof(Vf));
+    const int64_t row = Panels(m, widest_panel(rows, cols, nnz)).width(0) * int64_t(sizeof(Vf));
     if (cols * row <= kL1Panel) return 0;
-    int shift = 8;
-    while (shift > 5 && row << shift > kL1Panel) --shift;
-    return shift;
+    return int(std::min<int64_t>(kMaxTile, kL1Panel / row));
 }
 
-// Segments are found by binary search (a tile's columns ascend and there are at most 2^shift of them), then put in
+// Segments are found by binary search (a row's columns ascend, and at most `tile` of them lie in one), then put in
 // order of their length by counting.
 void csr_plan(const CsrMatrix& w, void* out, int threads) {
     const Blocks b(w, out);
     if (w.crow[w.rows] < kSerialNonzeros) threads = 1;
     parallel_for(b.blocks, threads, [&](int64_t block) {
-        const int64_t rows = b.rows_of(block), size = int64_t(1) << b.shift;
+        const int64_t rows = b.rows_of(block), size = b.tile;
         const int32_t* crow = w.crow + block * b.block;
-        int32_t cursor[kCsrMaxBlock], counts[kCsrMaxBlock], places[257];
+        int32_t cursor[kCsrMaxBlock], counts[kCsrMaxBlock], places[kMaxTile + 1];
         std::copy(crow, crow + rows, cursor);
         auto* begins = const_cast<uint32_t*>(b.begins) + block * b.tiles;
         auto* columns = const_cast<uint8_t*>(b.columns);
         int64_t position = crow[0];
         for (int64_t tile = 0; tile < b.tiles; ++tile) {
-            const int64_t limit = (tile + 1) << b.shift;
+            const int64_t limit = (tile + 1) * b.tile;
             std::fill(places, places + size + 1, 0);
             for (int64_t r = 0; r < rows; ++r) {
                 const int32_t* from = w.col + cursor[r];
@@ -84,7 +81,7 @@ void csr_plan(const CsrMatrix& w, void* out, int threads) {
             }
             begins[tile] = uint32_t(position);
             for (int64_t i = 0; i < rows; ++i) {
-                narrow(w.col + group[i].start, int32_t(tile << b.shift), group[i].count, columns + position);
+                narrow(w.col + group[i].start, int32_t(tile * b.tile), group[i].count, columns + position);
                 position += group[i].count;
             }
         }
@@ -107,6 +104,7 @@ void csr_stream(const CsrMatrix& w, void* out, int threads) {
     });
 }
 
-const CsrTable csr_table = {csr_shift, csr_plan, csr_stream, csr_mm, csr_mm_t, csr_sddmm, csr_count, csr_fill, csr_unpack};
+const CsrTable csr_table = {csr_tile, csr_plan,  csr_stream, csr_mm,    csr_mm_t,
+                            csr_sddmm, csr_count, csr_fill,   csr_unpack};
 
 SK_ISA_END

@@ -10,8 +10,8 @@ namespace sk {
 
 // A sparse matrix W[rows, cols]. Values of row n are values[crow[n] .. crow[n + 1]), their columns ascend in col.
 //
-// Tiled work walks W by row blocks and column tiles of 2^shift <= 256 columns. `plan` is the index that csr_plan makes
-// of (crow, col) for that shift; it depends on nothing else. Null: it is made anew in every call that needs it.
+// Tiled work walks W by row blocks and column tiles of `tile` <= 256 columns. `plan` is the index that csr_plan makes
+// of (crow, col) for that width; it depends on nothing else. Null: it is made anew in every call that needs it.
 // `stream` is a copy of the values in the order of the walk, made by csr_stream, or null. Reading it is half again as
 // fast as picking the pieces out of `values`, because it comes from memory as one run; but it is a copy, so it is for
 // weights that do not change.
@@ -22,7 +22,7 @@ struct CsrMatrix {
     const int32_t* col;
     int64_t rows, cols;
     const void* plan;
-    int shift;
+    int tile;
     const void* stream;
 };
 
@@ -41,16 +41,16 @@ inline int64_t csr_block_rows(int64_t rows) {
     return eighth < 32 ? 32 : eighth > kCsrMaxBlock ? kCsrMaxBlock : eighth;
 }
 inline int64_t csr_blocks(int64_t rows) { return (rows + csr_block_rows(rows) - 1) / csr_block_rows(rows); }
-inline int64_t csr_tiles(int64_t cols, int shift) { return (cols + (int64_t(1) << shift) - 1) >> shift; }
+inline int64_t csr_tiles(int64_t cols, int tile) { return (cols + tile - 1) / tile; }
 
 // A plan is three arrays, one behind the other: the segments; where each group begins in the order of the walk
 // (uint32, one per group); for every nonzero, in that order, its column inside the tile (uint8).
-inline int64_t csr_plan_segments(int64_t rows, int64_t cols, int shift) {
-    return csr_blocks(rows) * csr_block_rows(rows) * csr_tiles(cols, shift);
+inline int64_t csr_plan_segments(int64_t rows, int64_t cols, int tile) {
+    return csr_blocks(rows) * csr_block_rows(rows) * csr_tiles(cols, tile);
 }
-inline int64_t csr_plan_bytes(int64_t rows, int64_t cols, int64_t nnz, int shift) {
-    return csr_plan_segments(rows, cols, shift) * int64_t(sizeof(CsrSegment)) +
-           csr_blocks(rows) * csr_tiles(cols, shift) * 4 + nnz;
+inline int64_t csr_plan_bytes(int64_t rows, int64_t cols, int64_t nnz, int tile) {
+    return csr_plan_segments(rows, cols, tile) * int64_t(sizeof(CsrSegment)) +
+           csr_blocks(rows) * csr_tiles(cols, tile) * 4 + nnz;
 }
 
 // y[M, rows] = act(x[M, cols] W^T * scale + bias).
@@ -87,8 +87,8 @@ struct CsrPack {
 };
 
 struct CsrTable {
-    // The shift of the plan that a product with m tokens wants; 0: mm uses none, mm_t and sddmm make a small one.
-    int (*shift)(int64_t m, int64_t rows, int64_t cols, int64_t nnz);
+    // The tile of the plan that a product with m tokens wants; 0: mm uses none, mm_t and sddmm make a small one.
+    int (*tile)(int64_t m, int64_t rows, int64_t cols, int64_t nnz);
     void (*plan)(const CsrMatrix& w, void* out, int threads);
     void (*stream)(const CsrMatrix& w, void* out, int threads);
     void (*mm)(const CsrMm&);

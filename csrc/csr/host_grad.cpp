@@ -25,7 +25,7 @@ template <int NV, Dtype T>
 void scatter_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const uint8_t* col, const float* dy,
                    float* tile) {
     constexpr int64_t kWidth = NV * kLanes, kAhead = 4;
-    alignas(64) float buffer[T == Dtype::f32 ? 1 : 256 + kLanes];
+    alignas(64) float buffer[T == Dtype::f32 ? 1 : kMaxTile + kLanes];
     for (int64_t i = 0; i < rows; ++i) {
         const CsrSegment& later = s[std::min(i + kAhead, rows - 1)];
         prefetch(dy + later.row * kWidth, kWidth * 4);
@@ -117,7 +117,7 @@ void csr_mm_t(const CsrMmT& given) {
     if (int64_t(w.crow[w.rows]) * a.dy.rows < kSerialWork) a.threads = 1;
     const void* plan = plan_of(w, a.dy.rows, a.threads);
     const Blocks blocks(w, plan);
-    const Panels panels(a.dy.rows);
+    const Panels panels(a.dy.rows, widest_panel(w));
     const int64_t widest = kMaxVectors * kLanes;
     const int64_t chunk = std::max<int64_t>(1, kPacked / (std::max<int64_t>(w.rows, 1) * widest * 4));
     for (int64_t p0 = 0; p0 < panels.count; p0 += chunk) {
@@ -131,7 +131,7 @@ void csr_mm_t(const CsrMmT& given) {
             const int64_t size = blocks.tile_size(tile);
             const int nt = panels.width(p) * kLanes;
             const float* panel = dy + (panels.token(p) - origin) * w.rows;
-            float* dx = static_cast<float*>(scratch(1, (size_t(nt) << blocks.shift) * 4));
+            float* dx = static_cast<float*>(scratch(1, size_t(nt) * blocks.tile * 4));
             std::fill(dx, dx + size * nt, 0.0f);
             dispatch_values(w.dtype, [&]<Dtype T>() {
                 dispatch_width(panels.width(p), [&]<int NV>() {
@@ -159,7 +159,7 @@ void csr_sddmm(const CsrSddmm& given) {
     if (nnz * a.x.rows < kSerialWork) a.threads = 1;
     const void* plan = plan_of(w, a.x.rows, a.threads);
     const Blocks blocks(w, plan);
-    const Panels panels(a.x.rows);
+    const Panels panels(a.x.rows, widest_panel(w));
     // Partial sums over the panels are kept in float: in place, or beside a narrower output.
     float* out = w.dtype == Dtype::f32 ? reinterpret_cast<float*>(values)
                                        : static_cast<float*>(scratch(4, size_t(nnz) * 4));

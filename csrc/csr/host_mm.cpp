@@ -15,32 +15,31 @@ constexpr int kGatherTokens = 2;
 constexpr int64_t kAccumulators = 1 << 20;  // bytes of accumulators that one task keeps in L2
 constexpr int64_t kPacked = int64_t(64) << 20;  // bytes of packed x at a time
 
-// acc[v] += sum_j value[j] * x[col[j]][v]. Narrow panels use several sets of accumulators, because one multiply-add
-// takes four cycles and two can start in each.
-template <int NV, class Column>
+// acc[v] += sum_j value[j] * x[col[j]][v]. Long rows under narrow panels want several sets of accumulators, because
+// one multiply-add takes four cycles and two can start in each.
+template <int NV, int Sets, class Column>
 inline void accumulate(Vf (&acc)[NV], const float* value, const Column* col, int64_t count, const float* x) {
-    constexpr int kSets = NV == 1 ? 8 : NV == 2 ? 4 : NV <= 4 ? 2 : 1;
-    const auto step = [&](Vf (&a)[NV], int64_t j) {
+        const auto step = [&](Vf (&a)[NV], int64_t j) {
         const float* row = x + size_t(std::make_unsigned_t<Column>(col[j])) * (NV * kLanes);
         const Vf s = vf_set(value[j]);
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) a[v] += s * vf_load(row + v * kLanes);
     };
-    if constexpr (kSets == 1) {
+    if constexpr (Sets == 1) {
         int64_t j = 0;
         for (; j + 2 <= count; j += 2) step(acc, j), step(acc, j + 1);
         if (j < count) step(acc, j);
     } else {
-        Vf more[kSets - 1][NV] = {};
+        Vf more[Sets - 1][NV] = {};
         int64_t j = 0;
-        for (; j + kSets <= count; j += kSets) {
+        for (; j + Sets <= count; j += Sets) {
             step(acc, j);
 #pragma GCC unroll 8
-            for (int s = 1; s < kSets; ++s) step(more[s - 1], j + s);
+            for (int s = 1; s < Sets; ++s) step(more[s - 1], j + s);
         }
         for (; j < count; ++j) step(acc, j);
 #pragma GCC unroll 8
-        for (int s = 1; s < kSets; ++s)
+        for (int s = 1; s < Sets; ++s)
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) acc[v] += more[s - 1][v];
     }
@@ -52,7 +51,7 @@ template <int NV, Dtype T>
 void tile_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const float* stream, const uint8_t* col,
                 const float* x, float* c, bool first) {
     constexpr int64_t kWidth = NV * kLanes, kAhead = 4;
-    alignas(64) float buffer[T == Dtype::f32 ? 1 : 256 + kLanes];
+    alignas(64) float buffer[T == Dtype::f32 ? 1 : kMaxTile + kLanes];
     for (int64_t i = 0; i < rows; ++i) {
         const CsrSegment& later = s[std::min(i + kAhead, rows - 1)];
         prefetch(c + later.row * kWidth, kWidth * 4);
@@ -68,7 +67,7 @@ void tile_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const flo
         Vf acc[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) acc[v] = first ? Vf{} : vf_load(out + v * kLanes);
-        accumulate<NV>(acc, value, col, count, x);
+        accumulate<NV, NV >= 4 ? 1 : 2>(acc, value, col, count, x);
         col += count;
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) vf_store(out + v * kLanes, acc[v]);
@@ -100,7 +99,7 @@ void tiled(CsrMm& a) {
     CsrMatrix& w = a.w;
     const void* plan = plan_of(w, a.x.rows, a.threads);
     const Blocks blocks(w, plan);
-    const Panels panels(a.x.rows);
+    const Panels panels(a.x.rows, widest_panel(w));
     const int64_t width = panels.width(0) * kLanes;  // of the widest
     const int64_t fit = (w.rows * (width + kLanes) * 4 + kAccumulators - 1) / kAccumulators;
     const int64_t wanted = a.threads > 1 ? (2 * a.threads + panels.count - 1) / panels.count : 1;
@@ -130,7 +129,7 @@ void tiled(CsrMm& a) {
                 const int64_t k0 = blocks.tile_begin(tile);
                 const float* x = packed ? at(p) + k0 * nt : nullptr;
                 if (!packed) {
-                    float* here = static_cast<float*>(scratch(2, (size_t(nt) << blocks.shift) * 4));
+                    float* here = static_cast<float*>(scratch(2, size_t(nt) * blocks.tile * 4));
                     pack(a.x, panels.token(p), panels.used(p), k0, blocks.tile_size(tile), nt, here);
                     x = here;
                 }
@@ -154,7 +153,7 @@ void tiled(CsrMm& a) {
 void stream(const CsrMm& a) {
     constexpr int64_t kRows = 64, kPiece = 512;  // rows of accumulators at a time; values converted at a time
     const CsrMatrix& w = a.w;
-    const Panels panels(a.x.rows);
+    const Panels panels(a.x.rows, kMaxVectors);
     const int64_t parts = a.threads > 1 ? std::min<int64_t>(4 * a.threads, (w.rows + kRows - 1) / kRows) : 1;
     for (int64_t p = 0; p < panels.count; ++p) {
         const int nt = panels.width(p) * kLanes;
@@ -171,7 +170,7 @@ void stream(const CsrMm& a) {
                         const int64_t end = w.crow[n + 1], step = T == Dtype::f32 ? int64_t(1) << 31 : kPiece;
                         for (int64_t j = w.crow[n]; j < end; j += step) {
                             const int64_t count = std::min(step, end - j);
-                            accumulate<NV>(acc, floats<T>(w.values, j, count, buffer), w.col + j, count, x);
+                            accumulate<NV, NV <= 4 ? 8 / NV : 1>(acc, floats<T>(w.values, j, count, buffer), w.col + j, count, x);
                         }
                         float* out = c + (n - n0) % kRows * nt;
                         for (int v = 0; v < NV; ++v) vf_store(out + v * kLanes, acc[v]);
@@ -274,12 +273,12 @@ void gather(const CsrMm& a) {
 
 void csr_mm(const CsrMm& given) {
     CsrMm a = given;
-    const int64_t m = a.x.rows, width = Panels(m).count ? Panels(m).width(0) * kLanes : 0;
+    const int64_t m = a.x.rows;
     if (m == 0 || a.w.rows == 0) return;
     if (int64_t(a.w.crow[a.w.rows]) * m < kSerialWork) a.threads = 1;
     if (m == 1) return gather<1>(a);
     if (m == 2) return gather<2>(a);
-    if (m <= kLanes || a.w.cols * width * 4 <= kL1Panel) return stream(a);
+    if (csr_tile(m, a.w.rows, a.w.cols, a.w.crow[a.w.rows]) == 0) return stream(a);
     tiled(a);
 }
 

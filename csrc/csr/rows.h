@@ -10,19 +10,27 @@ SK_ISA_BEGIN
 
 inline constexpr int kMaxVectors = 8;              // vectors in the widest panel: its accumulators fill half the registers
 inline constexpr int64_t kL1Panel = 32 << 10;       // bytes of x to be reused from L1
+inline constexpr int kMaxTile = 256;                 // columns are bytes inside a tile
 inline constexpr int64_t kSerialWork = 1'500'000;  // multiply-adds below which one thread is fastest
 
 // Splits `tokens` into panels of at most kMaxVectors vectors, as even as can be.
 struct Panels {
     int64_t tokens, vectors, count;
 
-    explicit Panels(int64_t m, int widest = kMaxVectors)
+    Panels(int64_t m, int widest)
         : tokens(m), vectors((m + kLanes - 1) / kLanes), count((vectors + widest - 1) / widest) {}
     int64_t first_vector(int64_t p) const { return vectors * p / count; }
     int64_t token(int64_t p) const { return first_vector(p) * kLanes; }
     int width(int64_t p) const { return int(first_vector(p + 1) - first_vector(p)); }  // in vectors
     int used(int64_t p) const { return int(std::min(tokens, token(p + 1)) - token(p)); }
 };
+
+// Vectors in the panels of tiled work. Wide panels load fewer values and columns per multiply-add; below one weight in
+// twelve a segment of a tile beside a wide panel is so short that loading and storing its accumulators costs more.
+inline int widest_panel(int64_t rows, int64_t cols, int64_t nnz) {
+    return nnz * 12 < rows * cols ? kMaxVectors / 2 : kMaxVectors;
+}
+inline int widest_panel(const CsrMatrix& w) { return widest_panel(w.rows, w.cols, w.crow[w.rows]); }
 
 // Calls f.template operator()<NV>() for a panel that is `vectors` wide.
 template <class F>
@@ -62,7 +70,7 @@ inline auto dispatch_values(Dtype t, F&& f) {
 // A plan as the kernels walk it.
 struct Blocks {
     int64_t rows, cols, block, blocks, tiles;
-    int shift;
+    int tile;
     const CsrSegment* segments;
     const uint32_t* begins;
     const uint8_t* columns;
@@ -72,28 +80,28 @@ struct Blocks {
           cols(w.cols),
           block(csr_block_rows(w.rows)),
           blocks(csr_blocks(w.rows)),
-          tiles(csr_tiles(w.cols, w.shift)),
-          shift(w.shift),
+          tiles(csr_tiles(w.cols, w.tile)),
+          tile(w.tile),
           segments(static_cast<const CsrSegment*>(plan)),
-          begins(reinterpret_cast<const uint32_t*>(segments + csr_plan_segments(w.rows, w.cols, w.shift))),
+          begins(reinterpret_cast<const uint32_t*>(segments + csr_plan_segments(w.rows, w.cols, w.tile))),
           columns(reinterpret_cast<const uint8_t*>(begins + blocks * tiles)) {}
     int64_t rows_of(int64_t b) const { return std::min(block, rows - b * block); }
-    const CsrSegment* group(int64_t b, int64_t tile) const { return segments + (b * tiles + tile) * block; }
-    int64_t begin(int64_t b, int64_t tile) const { return begins[b * tiles + tile]; }
-    int64_t tile_begin(int64_t tile) const { return tile << shift; }
-    int64_t tile_size(int64_t tile) const { return std::min(cols - (tile << shift), int64_t(1) << shift); }
+    const CsrSegment* group(int64_t b, int64_t t) const { return segments + (b * tiles + t) * block; }
+    int64_t begin(int64_t b, int64_t t) const { return begins[b * tiles + t]; }
+    int64_t tile_begin(int64_t t) const { return t * tile; }
+    int64_t tile_size(int64_t t) const { return std::min<int64_t>(cols - t * tile, tile); }
 };
 
-int csr_shift(int64_t m, int64_t rows, int64_t cols, int64_t nnz);
+int csr_tile(int64_t m, int64_t rows, int64_t cols, int64_t nnz);
 void csr_plan(const CsrMatrix& w, void* out, int threads);
 
-// The caller's plan, or one made now in scratch memory (w.shift then becomes the one it was made for).
+// The caller's plan, or one made now in scratch memory (w.tile then becomes the one it was made for).
 inline const void* plan_of(CsrMatrix& w, int64_t m, int threads) {
     if (w.plan) return w.plan;
-    const int shift = csr_shift(m, w.rows, w.cols, w.crow[w.rows]);
-    w.shift = shift ? shift : 8;
+    const int tile = csr_tile(m, w.rows, w.cols, w.crow[w.rows]);
+    w.tile = tile ? tile : kMaxTile;
     w.stream = nullptr;
-    void* made = scratch(3, size_t(csr_plan_bytes(w.rows, w.cols, w.crow[w.rows], w.shift)));
+    void* made = scratch(3, size_t(csr_plan_bytes(w.rows, w.cols, w.crow[w.rows], w.tile)));
     csr_plan(w, made, threads);
     return made;
 }

@@ -25,18 +25,18 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _index(layout: Csr, tokens: int) -> tuple[Tensor | None, int]:
-    """The tile index that a product with so many tokens walks (csrc/csr/host.h), and its shift; None: it walks rows."""
+    """The tile index that a product with so many tokens walks (csrc/csr/host.h), and its tile's width; None: it walks rows."""
     (n, k), crow, col = layout.shape, layout.crow, layout.col
-    shift = host().csr_shift(tokens, n, k, col.shape[0])
-    if shift == 0:
+    tile = host().csr_tile(tokens, n, k, col.shape[0])
+    if tile == 0:
         return None, 0
 
     def make() -> Tensor:
-        index = torch.empty(host().csr_plan_bytes(n, k, col.shape[0], shift), dtype=torch.uint8)
-        host().csr_plan(crow.data_ptr(), col.data_ptr(), n, k, shift, index.data_ptr(), torch.get_num_threads())
+        index = torch.empty(host().csr_plan_bytes(n, k, col.shape[0], tile), dtype=torch.uint8)
+        host().csr_plan(crow.data_ptr(), col.data_ptr(), n, k, tile, index.data_ptr(), torch.get_num_threads())
         return index
 
-    return plan(col, ("csr.tiles", n, k, shift), make), shift
+    return plan(col, ("csr.tiles", n, k, tile), make), tile
 
 
 class _Stream:
@@ -50,7 +50,7 @@ class _Stream:
         self.copy: Tensor | None = None
 
 
-def _stream(layout: Csr, index: Tensor, shift: int) -> int:
+def _stream(layout: Csr, index: Tensor, tile: int) -> int:
     """The address of the values' copy in walking order, 0 where there is none (yet)."""
     values, crow, col = layout.values, layout.crow, layout.col
     stream = plan(values, "csr.stream", _Stream)
@@ -68,7 +68,7 @@ def _stream(layout: Csr, index: Tensor, shift: int) -> int:
             n,
             k,
             index.data_ptr(),
-            shift,
+            tile,
             stream.copy.data_ptr(),
             torch.get_num_threads(),
         )
@@ -86,7 +86,7 @@ def mm(layout: Csr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     y = x.new_empty((m, n))
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
-    index, shift = _index(layout, m)
+    index, tile = _index(layout, m)
     dtype = DTYPES[values.dtype]
     host().csr_mm(
         values.data_ptr(),
@@ -96,8 +96,8 @@ def mm(layout: Csr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         n,
         k,
         0 if index is None else index.data_ptr(),
-        shift,
-        0 if index is None or m < _STREAM_TOKENS else _stream(layout, index, shift),
+        tile,
+        0 if index is None or m < _STREAM_TOKENS else _stream(layout, index, tile),
         x.data_ptr(),
         dtype,
         m,
@@ -118,7 +118,7 @@ def mm_t(layout: Csr, dy: Tensor) -> Tensor:
     dy = _rows(dy)
     m, (n, k), values = dy.shape[0], layout.shape, layout.values
     dx = dy.new_empty((m, k))
-    index, shift = _index(layout, m)
+    index, tile = _index(layout, m)
     host().csr_mm_t(
         values.data_ptr(),
         DTYPES[values.dtype],
@@ -127,7 +127,7 @@ def mm_t(layout: Csr, dy: Tensor) -> Tensor:
         n,
         k,
         0 if index is None else index.data_ptr(),
-        shift,
+        tile,
         dy.data_ptr(),
         DTYPES[dy.dtype],
         m,
@@ -144,7 +144,7 @@ def sddmm(layout: Csr, dy: Tensor, x: Tensor) -> Tensor:
     dy, x = _rows(dy), _rows(x)
     m, (n, k) = x.shape[0], layout.shape
     dvalues = layout.values.new_empty(layout.values.shape)
-    index, shift = _index(layout, m)
+    index, tile = _index(layout, m)
     host().csr_sddmm(
         dvalues.data_ptr(),
         DTYPES[dvalues.dtype],
@@ -153,7 +153,7 @@ def sddmm(layout: Csr, dy: Tensor, x: Tensor) -> Tensor:
         n,
         k,
         0 if index is None else index.data_ptr(),
-        shift,
+        tile,
         dy.data_ptr(),
         DTYPES[dy.dtype],
         m,
