@@ -116,7 +116,8 @@ def test_every_token_count(isa, block, dtype):
     for m in range(131):
         check(host.mm(w, x[:m], None, "none"), y[:m], dtype)
         check(host.mm_t(w, dy[:m]), dx[:m], dtype)
-        check(host.sddmm(w, dy[:m], x[:m]), w.sample(dy[:m].double().t() @ x[:m].double()), dtype)
+        if m < 40 or m % 9 == 0:
+            check(host.sddmm(w, dy[:m], x[:m]), w.sample(dy[:m].double().t() @ x[:m].double()), dtype)
 
 
 @pytest.mark.parametrize("block", [(32, 32), (16, 16), (5, 7), (4, 12), (8, 6)], ids=str)

@@ -69,8 +69,7 @@ void product_dot(const Product& p) {
     const int64_t rows = p.w.block_rows, bytes = rows * p.w.block_cols * size_of(p.w.dtype);
     Product floats = p;
     floats.mode = Mode::f32;
-    for_each_group(p, 1, [&](int64_t g, int64_t p0, int64_t p1) {
-        if (p0 == p1) return;
+    const auto run_group = [&](int64_t g) {
         float* c = static_cast<float*>(scratch(2, size_t(rows * kLanes * 4)));
         const Rows a{static_cast<const char*>(p.w.values) + p.start[g] * bytes, p.index + p.start[g],
                      p.start[g + 1] - p.start[g], rows, p.w.block_cols, x, ldx, c};
@@ -88,6 +87,9 @@ void product_dot(const Product& p) {
             dispatch_float(p.w.dtype, run);
         const int64_t n0 = g * rows, left = p.total_outs() - n0;
         finish(floats, c, kLanes, 0, tokens, n0, left < rows ? left : rows);
+    };
+    for_each_part(p, 1, [&](int64_t g0, int64_t g1, int64_t, int64_t) {
+        for (int64_t g = g0; g < g1; ++g) run_group(g);
     });
 }
 

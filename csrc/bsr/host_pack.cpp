@@ -2,6 +2,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../core/parallel.h"
 #include "host.h"
 
@@ -73,6 +77,19 @@ void visit(const BsrPack& a, int64_t i, Copy&& copy) {
     }
 }
 
+// Asks for huge pages under fresh memory: filling it faults 512 times less, and kernels that walk gigabytes of weights
+// in blocks of a few kilobytes stop missing the TLB.
+void advise_huge(void* data, int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(kHuge - 1);
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 void bsr_count(const BsrPack& a) {
@@ -97,6 +114,7 @@ void bsr_count(const BsrPack& a) {
 }
 
 void bsr_fill(const BsrPack& a) {
+    advise_huge(a.values, a.crow[a.grid_rows()] * a.block_rows * a.block_cols * size_of(a.dtype));
     for_block_rows(a, [&](int64_t i) {
         const uint8_t* flags = a.flags + i * a.grid_cols();
         int32_t* col = a.col + a.crow[i];

@@ -122,35 +122,55 @@ void mm_strip(const Walk& w, const MmShape& s, int64_t i, int64_t j0, int64_t j1
     tiles_store<MA, NB>(c, c_down, c_right, c_row);
 }
 
-// One group of blocks against token tiles t0 .. t1. Operands from L2 feed the tiles at a third of their speed, so a
-// segment of the weights that fits L1 meets all tokens before the next one, its sums kept in c.
-template <class Dot>
-void mm_group(const Product& p, const MmShape& s, int64_t g, const char* packed, int64_t tile_bytes, int64_t first,
-              int64_t t0, int64_t t1) {
-    const Walk w = walk_group(p, g, 1);
-    for (int64_t i = 0; i < s.a_tiles;) {
-        const int64_t ma = least(s.a_tiles - i, t1 - t0 == 1 ? 4 : 2), rows = ma * s.rows;
-        float* c = static_cast<float*>(scratch(2, size_t((t1 - t0) * rows * kTile + 1024) * sizeof(float)));
-        const int64_t fit = kSegmentBytes / (rows * w.a_row), turns = ceil_div(t1 - t0, 4 / ma);
-        const int64_t segments = ma == 1 || turns == 1 ? 1 : ceil_div(w.blocks, fit < 1 ? 1 : fit);
-        const int64_t distance = w.blocks * w.a_block, ahead = ceil_div(rows * w.a_row, 64 * turns);
-        const int64_t n0 = g * p.outs() + i * s.rows, real = least(rows, p.total_outs() - n0);
-        for (int64_t segment = 0; segment < (segments ? segments : 1); ++segment) {
-            const int64_t j0 = segments ? w.blocks * segment / segments : 0;
-            const int64_t j1 = segments ? w.blocks * (segment + 1) / segments : 0;
-            for (int64_t t = t0; t < t1;) {
-                const int64_t nb = least(t1 - t, 4 / ma);
-                float* ct = c + (t - t0) * rows * kTile;
-                dispatch_tiles(int(ma), int(nb), [&]<int MA, int NB>() {
-                    mm_strip<Dot, MA, NB>(w, s, i, j0, j1, packed + t * tile_bytes, tile_bytes, ct,
-                                          distance + (t - t0) / (4 / ma) * ahead * 64, ahead);
-                });
-                if (j1 == w.blocks) mm_finish(p, s, ct, rows, nb, (first + t) * kTile, n0, real);
-                t += nb;
-            }
-        }
-        i += ma;
+// A result that waits to be written. It waits until the next tiles are under way: writing it is vector work that hides
+// behind theirs, but would stall on the last products of its own.
+struct Pending {
+    float* c = nullptr;
+    int64_t rows, tiles, m0, n0, real;
+
+    void flush(const Product& p, const MmShape& s) {
+        if (c) mm_finish(p, s, c, rows, tiles, m0, n0, real);
+        c = nullptr;
     }
+};
+
+// Groups g0 .. g1 against token tiles t0 .. t1 of the chunk that begins at tile `first`. Operands from L2 feed the tiles
+// at a third of their speed, so a segment of the weights that fits L1 meets all tokens before the next one, its sums
+// kept in c.
+template <class Dot>
+void mm_groups(const Product& p, const MmShape& s, int64_t g0, int64_t g1, const char* packed, int64_t tile_bytes,
+               int64_t first, int64_t t0, int64_t t1) {
+    const int64_t tiles = t1 - t0, most = tiles == 1 ? 4 : 2;
+    const int64_t c_size = tiles * least(most, s.a_tiles) * s.rows * kTile + 1024;
+    float* c = static_cast<float*>(scratch(2, size_t(2 * c_size) * sizeof(float)));
+    int64_t side = 0;  // strips take turns between two buffers, because one may still be pending
+    Pending pending;
+    for (int64_t g = g0; g < g1; ++g) {
+        const Walk w = walk_group(p, g, 1);
+        for (int64_t i = 0; i < s.a_tiles; side ^= 1) {
+            const int64_t ma = least(s.a_tiles - i, most), rows = ma * s.rows, step = ma == 3 ? 1 : 4 / ma;
+            const int64_t fit = kSegmentBytes / (rows * w.a_row), turns = ceil_div(tiles, step);
+            const int64_t wanted = ma == 1 || turns == 1 ? 1 : ceil_div(w.blocks, fit < 1 ? 1 : fit);
+            const int64_t segments = wanted < 1 ? 1 : wanted;
+            const int64_t distance = w.blocks * w.a_block, ahead = ceil_div(rows * w.a_row, 64 * turns);
+            const int64_t n0 = g * p.outs() + i * s.rows, real = least(rows, p.total_outs() - n0);
+            for (int64_t segment = 0; segment < segments; ++segment) {
+                const int64_t j0 = w.blocks * segment / segments, j1 = w.blocks * (segment + 1) / segments;
+                for (int64_t t = t0; t < t1; t += step) {
+                    const int64_t nb = least(t1 - t, step);
+                    float* ct = c + side * c_size + (t - t0) * rows * kTile;
+                    dispatch_tiles(int(ma), int(nb), [&]<int MA, int NB>() {
+                        mm_strip<Dot, MA, NB>(w, s, i, j0, j1, packed + t * tile_bytes, tile_bytes, ct,
+                                              distance + (t - t0) / step * ahead * 64, ahead);
+                    });
+                    pending.flush(p, s);
+                    if (segment + 1 == segments) pending = {ct, rows, nb, (first + t) * kTile, n0, real};
+                }
+            }
+            i += ma;
+        }
+    }
+    pending.flush(p, s);
 }
 
 void mm_tiles(const Product& p) {
@@ -176,13 +196,13 @@ void mm_tiles(const Product& p) {
             pack_dwords(packed + t * c.tile_bytes + k0 * s.width * 4, p.x_row(m0) + (left > 0 ? e0 * size : 0),
                         p.x.ld * size, int(least(kTile, p.tokens() - m0)), left * size, count, s.width);
         });
-        for_each_group(p, tiles, [&](int64_t g, int64_t t0, int64_t t1) {
+        for_each_part(p, tiles, [&](int64_t g0, int64_t g1, int64_t t0, int64_t t1) {
             if (t0 == t1) return;
             const TileScope scope(config);
             if (p.mode == Mode::i8)
-                mm_group<DotI8>(p, s, g, packed, c.tile_bytes, first, t0, t1);
+                mm_groups<DotI8>(p, s, g0, g1, packed, c.tile_bytes, first, t0, t1);
             else
-                mm_group<DotBf16>(p, s, g, packed, c.tile_bytes, first, t0, t1);
+                mm_groups<DotBf16>(p, s, g0, g1, packed, c.tile_bytes, first, t0, t1);
         });
     }
 }
@@ -265,10 +285,10 @@ void mm_t_tiles(const Product& p) {
         pack_chunk(p, tiles, s.depth, [&](int64_t t, int64_t k0, int64_t count) {
             pack_rows(p, s, (first + t) * kTile, k0, count, packed + t * c.tile_bytes);
         });
-        for_each_group(p, tiles, [&](int64_t g, int64_t t0, int64_t t1) {
+        for_each_part(p, tiles, [&](int64_t g0, int64_t g1, int64_t t0, int64_t t1) {
             if (t0 == t1) return;
             const TileScope scope(config);
-            mm_t_group(p, s, g, packed, c.tile_bytes, first, t0, t1);
+            for (int64_t g = g0; g < g1; ++g) mm_t_group(p, s, g, packed, c.tile_bytes, first, t0, t1);
         });
     }
 }

@@ -125,8 +125,8 @@ void product_vector(const Product& p) {
             pack_panel_part(p, panel.m0, panel.tokens, panel.vectors, k0, depth - k0 < kPart ? depth - k0 : kPart,
                             packed + panel.offset);
         });
-        for_each_group(p, count, [&](int64_t g, int64_t p0, int64_t p1) {
-            run_group(p, g, panels + p0, p1 - p0, packed);
+        for_each_part(p, count, [&](int64_t g0, int64_t g1, int64_t p0, int64_t p1) {
+            for (int64_t g = g0; g < g1; ++g) run_group(p, g, panels + p0, p1 - p0, packed);
         });
     }
 }

@@ -29,22 +29,18 @@ inline void finish(const Product& p, float* c, int nt, int64_t m0, int64_t token
     });
 }
 
-// Calls body(group, first panel, end panel) over all groups and panels: parts of equal numbers of blocks, and panels
-// apart where there are too few groups for the threads.
+// Calls body(first group, end group, first panel, end panel) so that all groups meet all panels: parts of equal numbers
+// of blocks, and panels apart where there are too few groups for the threads.
 template <class Body>
-inline void for_each_group(const Product& p, int64_t panels, Body&& body) {
+inline void for_each_part(const Product& p, int64_t panels, Body&& body) {
     const int64_t groups = p.groups();
-    if (p.threads <= 1) {
-        for (int64_t g = 0; g < groups; ++g) body(g, int64_t(0), panels);
-        return;
-    }
+    if (p.threads <= 1) return body(int64_t(0), groups, int64_t(0), panels);
     const int64_t wanted = p.threads * 4, parts = groups < wanted ? groups : wanted;
     const int64_t splits = parts >= wanted ? 1 : panels < wanted / parts ? panels : wanted / parts;
     parallel_for(parts * splits, p.threads, [&](int64_t task) {
         const int64_t part = task / splits, s = task % splits;
-        const int64_t g1 = split_groups(p.start, groups, part + 1, parts);
-        for (int64_t g = split_groups(p.start, groups, part, parts); g < g1; ++g)
-            body(g, panels * s / splits, panels * (s + 1) / splits);
+        body(split_groups(p.start, groups, part, parts), split_groups(p.start, groups, part + 1, parts),
+             panels * s / splits, panels * (s + 1) / splits);
     });
 }
 
