@@ -26,16 +26,23 @@ struct ConvTensor {
     int64_t stride_b, stride_c, stride_h, stride_w;
 };
 
-// Element i of the stream is values[gather ? gather[i] : i]. Columns are cut in tiles of `tile`; segment[t * rows + n]
-// is where tile t of row n begins in the stream, for t up to the number of tiles included. tile = 0: a single tile,
-// read without packing (for weights with few rows or few stored values, depthwise ones above all).
+// Columns are cut in tiles of `tile`. A stream comes in one of two forms, or both:
+// - rows: place i holds the value values[gather ? gather[i] : i] of column col[i]; segment[t * rows + n] is where tile t
+//   of row n begins, for t up to the number of tiles included. The gradient of the weight reads this form, and so does
+//   everything where tile = 0: a single tile, read without packing (for weights with few rows or few stored values,
+//   depthwise ones above all);
+// - blocks of 4 rows of a group, for the products: the columns of a block and tile sorted by which of its rows store
+//   them, so that what is loaded once serves up to 4 rows. Mask m (bit r: row r) has counts[16 * (t * blocks + b) + m]
+//   columns; entries from start[t * blocks + b] on hold, mask by mask from 1 to 15, a column within the tile and the
+//   place in `values` for each row of the mask. blocks = groups * ceil(rows of a group / 4).
 struct ConvStream {
     const void* values;
     Dtype dtype;
-    const int32_t* gather;
-    const int32_t* col;
-    const int32_t* segment;
-    int64_t rows, columns, stored, tile;  // columns: per group, at least K
+    int64_t value_count;
+    const int32_t *gather, *col, *segment;
+    const uint16_t* counts;
+    const int32_t *start, *entries;
+    int64_t rows, columns, stored, tile;  // columns: per group, at least K; stored: places of the stream
 };
 
 struct ConvForward {

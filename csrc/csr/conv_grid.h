@@ -197,11 +197,11 @@ void fill_planes(const ConvGrid& g, const ConvTensor& x, const ConvTask& t, int6
     }
 }
 
-// panel[k - k0] = `vectors` vectors of pixels from position q on, k in [k0, k1).
+// panel[k - k0] = `vectors` vectors of pixels from position q on, k in [k0, k1), one column after the other.
 inline void pack_planes(const ConvTaps& taps, const float* planes, int64_t size, int64_t q, int vectors, int64_t k0,
                         int64_t k1, float* panel) {
     dispatch_strip(vectors, [&]<int U>() {
-        for (int64_t k = k0; k < k1; ++k, panel += kStrip) {
+        for (int64_t k = k0; k < k1; ++k, panel += U * kLanes) {
             if (taps.plane[k] < 0) {
                 zero(panel, U * kLanes);
                 continue;
@@ -217,7 +217,7 @@ inline void pack_planes(const ConvTaps& taps, const float* planes, int64_t size,
 template <Dtype T>
 void pack_pixels(const char* data, int64_t stride_c, int64_t channels, int64_t left, int vectors, int64_t k0,
                  int64_t k1, float* panel) {
-    for (int64_t k = k0; k < k1; ++k, panel += kStrip) {
+    for (int64_t k = k0; k < k1; ++k, panel += vectors * kLanes) {
         if (k >= channels) {
             zero(panel, vectors * kLanes);
             continue;
@@ -248,11 +248,14 @@ inline int64_t make_pieces(const ConvGrid& g, const ConvTask& t, const ConvMap& 
         const int64_t j0 = most(m.j0, -start), j1 = least(m.j1, length - start);
         if (j0 >= j1) continue;
         const int64_t offset = m.offset + (t.image + nth) * stride_b + i * m.stride_i + j0 * m.stride_j;
-        Piece* last = out + made - 1;
-        if (made && last->at + last->count == start + j0 && last->offset + last->count * m.stride_j == offset)
-            last->count += int32_t(j1 - j0);
-        else
-            out[made++] = {int32_t(start + j0), int32_t(j1 - j0), offset};
+        if (made) {
+            Piece& last = out[made - 1];
+            if (last.at + last.count == start + j0 && last.offset + last.count * m.stride_j == offset) {
+                last.count += int32_t(j1 - j0);
+                continue;
+            }
+        }
+        out[made++] = {int32_t(start + j0), int32_t(j1 - j0), offset};
     }
     return made;
 }

@@ -33,15 +33,17 @@ struct Engine {
     int64_t task_images, task_lines, image_tasks, line_tasks, row_tasks;
 };
 
-// The stream's values as floats in stream order.
+// The values as floats: in stream order for rows (tile 0), as they lie for blocks.
 const float* float_values(const ConvStream& w, int threads) {
-    if (w.dtype == Dtype::f32 && !w.gather) return static_cast<const float*>(w.values);
-    float* out = scratch_of<float>(kValues, w.stored);
+    const bool gather = w.gather && !w.tile;
+    if (w.dtype == Dtype::f32 && !gather) return static_cast<const float*>(w.values);
+    const int64_t count = gather ? w.stored : w.value_count;
+    float* out = scratch_of<float>(kValues, count);
     constexpr int64_t kBlock = 1 << 15;
-    parallel_for(ceil_div(w.stored, kBlock), w.stored < 4 * kBlock ? 1 : threads, [&](int64_t block) {
-        const int64_t i0 = block * kBlock, i1 = least(i0 + kBlock, w.stored);
+    parallel_for(ceil_div(count, kBlock), count < 4 * kBlock ? 1 : threads, [&](int64_t block) {
+        const int64_t i0 = block * kBlock, i1 = least(i0 + kBlock, count);
         dispatch_float(w.dtype, [&]<Dtype T>() {
-            if (w.gather)
+            if (gather)
                 for (int64_t i = i0; i < i1; ++i) out[i] = load_as<T>(w.values, w.gather[i]);
             else
                 copy_line<T>(static_cast<const char*>(w.values) + i0 * size_of(T), 1, i1 - i0, out + i0);
@@ -120,7 +122,7 @@ int64_t partition(Engine& e, int threads) {
 
 ConvTask task_at(const Engine& e, int64_t index) {
     ConvTask t;
-    const int64_t chunk = ceil_div(e.group_rows, e.row_tasks);
+    const int64_t chunk = ceil_div(ceil_div(e.group_rows, e.row_tasks), kBlockRows) * kBlockRows;
     t.row0 = index % e.row_tasks * chunk, index /= e.row_tasks;
     t.rows = most(0, least(chunk, e.group_rows - t.row0));
     t.group = index % e.groups, index /= e.groups;
@@ -159,7 +161,7 @@ struct TaskInput {
 
     StripInput strip(int64_t tile, Strip s) const {
         const int64_t q = s.first * kLanes;
-        if (!e.weight.tile) return {planes + q, offsets};
+        if (!e.weight.tile) return {planes + q, 0, offsets};
         const int64_t k0 = tile * e.weight.tile, k1 = least(k0 + e.weight.tile, e.weight.columns);
         if (e.view) {
             const ConvTensor& x = e.in;
@@ -171,7 +173,7 @@ struct TaskInput {
         } else {
             pack_planes(e.taps, planes, size, q, s.vectors, k0, k1, panel);
         }
-        return {panel - k0 * kStrip, nullptr};
+        return {panel, s.vectors * kLanes, nullptr};
     }
 
     const int32_t* segment(int64_t tile) const {
@@ -197,25 +199,38 @@ void write_rows(const Engine& e, const ConvTask& t, Strip s, const float* acc, c
     }
 }
 
+void run_blocks(const Engine& e, const ConvTask& t, int64_t tile, Strip s, const float* panel, float* sums) {
+    const ConvStream& w = e.weight;
+    const int64_t per_group = ceil_div(e.group_rows, kBlockRows), width = s.vectors * kLanes;
+    const int64_t at = (tile * e.groups + t.group) * per_group + t.row0 / kBlockRows;
+    for (int v = 0; v < s.vectors; v += kBlockVectors) {
+        const int vectors = s.vectors - v < kBlockVectors ? s.vectors - v : kBlockVectors;
+        dispatch_strip<kBlockVectors>(vectors, [&]<int U>() {
+            strip_blocks<U>(e.values, w.counts + 16 * at, w.start + at, w.entries, ceil_div(t.rows, kBlockRows),
+                            panel + v * kLanes, width, sums + v * kLanes, tile == 0);
+        });
+    }
+}
+
 void run_task(const Engine& e, const ConvTask& t, const Epilogue& epilogue) {
     if (!t.rows) return;
     const TaskInput input(e, t, 0, e.group_channels);
     const int64_t vectors = ceil_div(task_length(e.grid, t), kLanes), strips = strip_count(vectors);
+    const int64_t rows = ceil_div(t.rows, kBlockRows) * kBlockRows;
     const bool keep = e.tiles > 1;  // a single tile finishes strip by strip
-    float* sums = scratch_of<float>(kAcc, (keep ? vectors * kLanes : kStrip) * t.rows + kLanes);
+    float* acc = scratch_of<float>(kAcc, (keep ? vectors * kLanes : kStrip) * rows + kLanes);
     for (int64_t tile = 0; tile < e.tiles; ++tile)
         for (int64_t i = 0; i < strips; ++i) {
             const Strip s = strip_of(vectors, i);
             const StripInput in = input.strip(tile, s);
-            const int32_t *begin = input.segment(tile), *end = input.segment(tile + 1);
-            float* acc = keep ? sums + s.first * kLanes * t.rows : sums;
-            dispatch_strip(s.vectors, [&]<int U>() {
-                if (e.weight.tile)
-                    strip_rows<U, false>(e.values, e.weight.col, begin, end, t.rows, in, acc, tile == 0);
-                else
-                    strip_rows<U, true>(e.values, e.weight.col, begin, end, t.rows, in, acc, tile == 0);
-            });
-            if (tile == e.tiles - 1) write_rows(e, t, s, acc, epilogue);
+            float* sums = keep ? acc + s.first * kLanes * rows : acc;
+            if (e.weight.tile)
+                run_blocks(e, t, tile, s, in.base, sums);
+            else
+                dispatch_strip(s.vectors, [&]<int U>() {
+                    strip_rows<U>(e.values, e.weight.col, input.segment(0), input.segment(1), t.rows, in, sums);
+                });
+            if (tile == e.tiles - 1) write_rows(e, t, s, sums, epilogue);
         }
 }
 
@@ -347,9 +362,11 @@ void conv_backward_weight(const ConvBackwardWeight& a) {
                         const StripInput in = input.strip(tile_at, s);
                         const int32_t *begin = input.segment(tile_at), *end = input.segment(tile_at + 1);
                         const float* d = dy + s.first * kLanes * t.rows;
+                        const int64_t k0 = tile_at * w.tile;
                         dispatch_strip(s.vectors, [&]<int U>() {
                             if (w.tile)
-                                strip_dots<U, false>(w.col, begin, end, t.rows, in, d, sums);
+                                strip_dots<U, false>(w.col, begin, end, t.rows, {in.base - k0 * in.stride, in.stride, nullptr}, d,
+                                                     sums);
                             else
                                 strip_dots<U, true>(w.col, begin, end, t.rows, in, d, sums);
                         });
@@ -363,11 +380,11 @@ void conv_backward_weight(const ConvBackwardWeight& a) {
 }
 
 int64_t conv_tile(int64_t rows, int64_t columns, int64_t k, int64_t stored) {
-    constexpr int64_t kTile = 32768 / (kStrip * 4), kWidest = 4 * kTile;  // a panel of two thirds of the first cache
+    constexpr int64_t kTile = 36864 / (kStrip * 4), kWidest = 4 * kTile;  // a panel of three quarters of the first cache
     if (columns == k && stored < 3 * columns) return 0;
-    // Where rows are sparse a wider panel, though in the second cache, saves loading accumulators for few values.
-    const int64_t sparse = stored ? 8 * rows * columns / stored : kWidest;
-    const int64_t tile = most(kTile, least(kWidest, sparse / kTile * kTile));
+    // Where rows are nearly empty a wider panel, though in the second cache, saves loading sums for few values.
+    const int64_t sparse = stored ? 6 * rows * columns / stored : kWidest;
+    const int64_t tile = most(kTile, least(kWidest, sparse));
     return columns <= tile ? most(columns, 1) : tile;
 }
 

@@ -50,19 +50,23 @@ class Stream:
 
 @dataclass(frozen=True)
 class Tiled:
-    """A stream cut in tiles of columns, as the kernels read it."""
+    """A stream cut in tiles of columns, in the form that a kernel reads (csrc/csr/conv.h): rows, or blocks of rows."""
 
     stream: Stream
+    stored: int
     rows: int
     tile: int
-    segment: Tensor
+    segment: Tensor | None = None
+    blocks: tuple[Tensor, Tensor, Tensor] | None = None
 
     def arguments(self, values: Tensor) -> tuple[int, ...]:
         s = self.stream
         gather = 0 if s.gather is None else s.gather.data_ptr()
+        segment = 0 if self.segment is None else self.segment.data_ptr()
+        counts, start, entries = (0, 0, 0) if self.blocks is None else (t.data_ptr() for t in self.blocks)
         return (
-            values.data_ptr(), DTYPES[values.dtype], gather, s.col.data_ptr(), self.segment.data_ptr(),
-            self.rows, s.columns, s.col.numel(), self.tile,
+            values.data_ptr(), DTYPES[values.dtype], values.numel(), gather, s.col.data_ptr(), segment,
+            counts, start, entries, self.rows, s.columns, self.stored, self.tile,
         )  # fmt: skip
 
 
@@ -105,21 +109,47 @@ def _flat(t: Tensor) -> Tensor:
     return t.reshape(-1).to(torch.int32)
 
 
-def _tiled(stream: Stream, rows: int, groups: int, k: int) -> Tiled:
-    host = _ext.host()
-    tile = host.conv_tile(rows // groups, stream.columns, k, stream.col.numel() // groups)
-    tiles = max(1, -(-stream.columns // tile)) if tile else 1
+def _tile(stream: Stream, rows: int, groups: int, k: int) -> tuple[int, int]:
+    """The width of a tile (0: everything in one, unpacked), and how many there are."""
+    tile = _ext.host().conv_tile(rows // groups, stream.columns, k, stream.col.numel() // groups)
+    return tile, max(1, -(-stream.columns // tile)) if tile else 1
+
+
+def _by_rows(stream: Stream, rows: int, groups: int, k: int) -> Tiled:
+    tile, tiles = _tile(stream, rows, groups, k)
     segment = torch.empty((tiles + 1) * rows, dtype=torch.int32)
     width = tile or max(stream.columns, 1)
-    host.conv_segments(stream.crow.data_ptr(), stream.col.data_ptr(), rows, width, tiles, segment.data_ptr())
-    return Tiled(stream, rows, tile, segment)
+    crow, col = stream.crow.data_ptr(), stream.col.data_ptr()
+    _ext.host().conv_segments(crow, col, rows, width, tiles, segment.data_ptr())
+    return Tiled(stream, stream.col.numel(), rows, tile, segment)
+
+
+def _by_blocks(stream: Stream, rows: int, groups: int, k: int) -> Tiled:
+    tile, tiles = _tile(stream, rows, groups, k)
+    if tile == 0:
+        return _by_rows(stream, rows, groups, k)
+    blocks = tiles * groups * -(-rows // groups // 4)
+    counts, start = torch.empty(blocks * 16, dtype=torch.int16), torch.empty(blocks, dtype=torch.int32)
+    entries = torch.empty(2 * stream.col.numel(), dtype=torch.int32)
+    written = _ext.host().conv_blocks(
+        stream.crow.data_ptr(), stream.col.data_ptr(), 0 if stream.gather is None else stream.gather.data_ptr(),
+        rows, groups, tile, tiles, counts.data_ptr(), start.data_ptr(), entries.data_ptr(),
+    )  # fmt: skip
+    empty = stream.col.new_empty(0)  # the blocks say all that the stream does; let it go
+    bare, stored = Stream(empty, empty, None, stream.columns), stream.col.numel()
+    return Tiled(bare, stored, rows, tile, None, (counts, start, entries[:written].clone()))
 
 
 def _forward_plan(layout: Layout, g: Geometry) -> Tiled:
     n, k = layout.shape
-    topology = _topology(layout)
     key = ("conv2d", layout.dims, g.groups)
-    return plan(topology, key, lambda: _tiled(stream_of(layout), n, g.groups, k))
+    return plan(_topology(layout), key, lambda: _by_blocks(stream_of(layout), n, g.groups, k))
+
+
+def _weight_plan(layout: Layout, g: Geometry) -> Tiled:
+    n, k = layout.shape
+    key = ("conv2d_weight", layout.dims, g.groups)
+    return plan(_topology(layout), key, lambda: _by_rows(stream_of(layout), n, g.groups, k))
 
 
 def _input_plan(layout: Layout, g: Geometry) -> Tiled:
@@ -137,7 +167,7 @@ def _input_plan(layout: Layout, g: Geometry) -> Tiled:
             0 if stream.gather is None else stream.gather.data_ptr(), n,
             crow.data_ptr(), col.data_ptr(), gather.data_ptr(),
         )  # fmt: skip
-        return _tiled(Stream(crow, col[:stored].clone(), gather[:stored].clone(), columns), rows, g.groups, columns)
+        return _by_blocks(Stream(crow, col[:stored].clone(), gather[:stored].clone(), columns), rows, g.groups, columns)
 
     return plan(_topology(layout), ("conv2d_input", layout.dims, g[:6], g.groups, g.order), make)
 
@@ -212,9 +242,9 @@ def conv2d_weight(layout: Layout, dy: Tensor, x: Tensor, g: Geometry) -> Tensor:
     product = _product("sddmm", layout, x, g)
     if product is not None and channels_last(dy):
         return product.sddmm(layout, _rows(dy), _rows(x))
-    tiled = _forward_plan(layout, g)
+    tiled = _weight_plan(layout, g)
     # Padding that no stream place stands for stays zero.
-    whole = tiled.stream.col.numel() == layout.values.numel()
+    whole = tiled.stored == layout.values.numel()
     dvalues = layout.values.new_empty(layout.values.shape) if whole else torch.zeros_like(layout.values)
     _ext.host().conv_backward_weight(
         _geometry(g), _image(dy), _image(x), tiled.arguments(layout.values), dvalues.data_ptr(),
