@@ -146,7 +146,10 @@ void copy_pixels(const char* in, int64_t step, int64_t count, int64_t channels, 
 }
 
 inline void zero(float* p, int64_t count) {
-    if (count > 0) __builtin_memset(p, 0, size_t(count) * sizeof(float));
+    if (count <= 4)
+        for (; count > 0; --count) *p++ = 0;
+    else
+        __builtin_memset(p, 0, size_t(count) * sizeof(float));
 }
 
 // The source line and columns that plane line `line` of a task holds.
@@ -165,22 +168,23 @@ inline PlaneLine plane_line(const ConvGrid& g, const ConvTensor& x, const ConvTa
     return {static_cast<const char*>(x.data) + at * size_of(x.dtype), first, most(0, last - first)};
 }
 
-// Fills the planes of channels [c0, c1) (counted within the tensor), plane (c0, phase 0) first.
+// Fills the planes of channels [c0, c1) (counted within the tensor), plane (c0, phase 0) first. `table` has room for
+// one entry per line and phase.
 template <Dtype T>
-void fill_planes(const ConvGrid& g, const ConvTensor& x, const ConvTask& t, int64_t c0, int64_t c1, float* planes) {
+void fill_planes(const ConvGrid& g, const ConvTensor& x, const ConvTask& t, int64_t c0, int64_t c1, float* planes,
+                 PlaneLine* table) {
     const int64_t size = plane_size(g, t), lines = plane_lines(g, t);
+    for (int64_t p = 0; p < g.phases; ++p)
+        for (int64_t line = 0; line < lines; ++line) table[p * lines + line] = plane_line(g, x, t, line, g.phase[p]);
     if (x.stride_w == 1) {
         for (int64_t c = c0; c < c1; ++c)
             for (int64_t p = 0; p < g.phases; ++p, planes += size) {
-                float* out = planes;
+                float* out = planes;  // upwards: what a copy spills beyond its end is written again
                 for (int64_t line = 0; line < lines; ++line, out += g.pitch) {
-                    const PlaneLine from = plane_line(g, x, t, line, g.phase[p]);
-                    if (!from.count) {
-                        zero(out, g.pitch);
-                        continue;
-                    }
+                    const PlaneLine& from = table[p * lines + line];
                     zero(out, from.first);
-                    copy_line<T>(from.data + c * x.stride_c * size_of(T), g.step_w, from.count, out + from.first);
+                    if (from.count)
+                        copy_line<T>(from.data + c * x.stride_c * size_of(T), g.step_w, from.count, out + from.first);
                     zero(out + from.first + from.count, g.pitch - from.first - from.count);
                 }
                 zero(out, size - lines * g.pitch);
@@ -189,7 +193,7 @@ void fill_planes(const ConvGrid& g, const ConvTensor& x, const ConvTask& t, int6
         zero(planes, (c1 - c0) * g.phases * size);
         for (int64_t p = 0; p < g.phases; ++p)
             for (int64_t line = 0; line < lines; ++line) {
-                const PlaneLine from = plane_line(g, x, t, line, g.phase[p]);
+                const PlaneLine& from = table[p * lines + line];
                 if (from.count)
                     copy_pixels<T>(from.data + c0 * size_of(T), g.step_w * x.stride_w, from.count, c1 - c0,
                                    planes + p * size + line * g.pitch + from.first, g.phases * size);

@@ -29,9 +29,9 @@ inline const float* strip_at(const StripInput& in, int32_t k) {
 }
 
 // The columns that exactly the rows of mask M store.
-template <int M, int U>
-[[gnu::always_inline]] inline void block_columns(Vf (&acc)[kBlockRows][U], const float* values, const int32_t*& entry,
-                                                 int count, const float* base, int64_t stride) {
+template <int M, int U, class Entry>
+[[gnu::always_inline]] inline void block_columns(Vf (&acc)[kBlockRows][U], const float* const (&values)[kBlockRows],
+                                                 const Entry*& entry, int count, const float* base, int64_t stride) {
     for (int i = 0; i < count; ++i) {
         const float* p = base + *entry++ * stride;
         Vf x[U];
@@ -40,26 +40,39 @@ template <int M, int U>
 #pragma GCC unroll 4
         for (int r = 0; r < kBlockRows; ++r)
             if (M >> r & 1) {
-                const float value = values[*entry++];
+                const float value = values[r][*entry++];
 #pragma GCC unroll 8
                 for (int u = 0; u < U; ++u) acc[r][u] += value * x[u];
             }
     }
 }
 
+// Consecutive blocks of one tile (see ConvStream).
+template <class Entry>
+struct BlockRange {
+    const float* values;
+    const uint16_t* counts;
+    const int32_t *base, *start;
+    const Entry* entries;
+    int64_t blocks;
+};
+
 // sums[n][0 .. width) (+)= sum over the stored values of row n of value * pixels, for U vectors of a strip of `width`
 // pixels. First: the tile starts the sum. Loads are what limits this kernel, and sharing them halves them at 50 %
 // density; the short loops' mispredicted ends hide behind the multiply-adds still queued.
-template <int U>
-void strip_blocks(const float* values, const uint16_t* counts, const int32_t* start, const int32_t* entries,
-                  int64_t blocks, const float* panel, int64_t width, float* sums, bool first) {
-    for (int64_t b = 0; b < blocks; ++b, counts += 16, sums += kBlockRows * width) {
+template <int U, class Entry>
+void strip_blocks(const BlockRange<Entry>& w, const float* panel, int64_t width, float* sums, bool first) {
+    for (int64_t b = 0; b < w.blocks; ++b, sums += kBlockRows * width) {
         Vf acc[kBlockRows][U];
 #pragma GCC unroll 4
         for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 8
             for (int u = 0; u < U; ++u) acc[r][u] = first ? Vf{} : vf_load(sums + r * width + u * kLanes);
-        const int32_t* entry = entries + start[b];
+        const uint16_t* counts = w.counts + 16 * b;
+        const int32_t* base = w.base + kBlockRows * b;
+        const float* const values[kBlockRows] = {w.values + base[0], w.values + base[1], w.values + base[2],
+                                                 w.values + base[3]};
+        const Entry* entry = w.entries + w.start[b];
         [&]<int... I>(std::integer_sequence<int, I...>) {
             (block_columns<I + 1, U>(acc, values, entry, counts[I + 1], panel, width), ...);
         }(std::make_integer_sequence<int, 15>{});

@@ -147,8 +147,10 @@ struct TaskInput {
         if (!e.view) {
             planes = scratch_of<float>(kPlanes, (c1 - c0) * e.grid.phases * size);
             const int64_t first = t.group * e.group_channels;
-            dispatch_float(e.in.dtype,
-                           [&]<Dtype T>() { fill_planes<T>(e.grid, e.in, t, first + c0, first + c1, planes); });
+            PlaneLine* table = scratch_of<PlaneLine>(kPieces, e.grid.phases * plane_lines(e.grid, t));
+            dispatch_float(e.in.dtype, [&]<Dtype T>() {
+                fill_planes<T>(e.grid, e.in, t, first + c0, first + c1, planes, table);
+            });
             planes -= c0 * e.grid.phases * size;
         }
         if (e.weight.tile) {
@@ -181,56 +183,76 @@ struct TaskInput {
     }
 };
 
-void write_rows(const Engine& e, const ConvTask& t, Strip s, const float* acc, const Epilogue& epilogue) {
-    const int64_t width = s.vectors * kLanes, end = t.row0 + t.rows;
+// Writes rows [row0, row1) of a task, whose sums begin at `sums`.
+void write_rows(const Engine& e, const ConvTask& t, Strip s, int64_t row0, int64_t row1, const float* sums,
+                const Epilogue& epilogue) {
+    const int64_t width = s.vectors * kLanes;
     Piece* pieces = scratch_of<Piece>(kPieces, kStrip);
-    for (int64_t row = t.row0; row < end;) {
-        const int64_t m = row / e.map_rows, stop = least(end, (m + 1) * e.map_rows);
+    for (int64_t row = row0; row < row1;) {
+        const int64_t m = row / e.map_rows, stop = least(row1, (m + 1) * e.map_rows);
         const int64_t channel = t.group * e.map_rows + row - m * e.map_rows;
         const int64_t count = make_pieces(e.grid, t, e.maps[m], e.out.stride_b, s.first * kLanes, width, pieces);
         dispatch_float(e.out.dtype, [&]<Dtype T>() {
             char* y = static_cast<char*>(e.out.data) + channel * e.out.stride_c * size_of(T);
             dispatch_act(epilogue.act, [&]<Act A>() {
-                write_strip<T, A>(acc, s.vectors, stop - row, pieces, count, epilogue_from(epilogue, channel), y,
+                write_strip<T, A>(sums, s.vectors, stop - row, pieces, count, epilogue_from(epilogue, channel), y,
                                   e.out.stride_c, e.maps[m].stride_j);
             });
         });
-        acc += (stop - row) * width, row = stop;
+        sums += (stop - row) * width, row = stop;
     }
 }
 
-void run_blocks(const Engine& e, const ConvTask& t, int64_t tile, Strip s, const float* panel, float* sums) {
+// One tile of a strip for rows [row0, row1) of a task's group.
+void run_blocks(const Engine& e, const ConvTask& t, int64_t tile, Strip s, int64_t row0, int64_t row1,
+                const float* panel, float* sums) {
     const ConvStream& w = e.weight;
     const int64_t per_group = ceil_div(e.group_rows, kBlockRows), width = s.vectors * kLanes;
-    const int64_t at = (tile * e.groups + t.group) * per_group + t.row0 / kBlockRows;
-    for (int v = 0; v < s.vectors; v += kBlockVectors) {
-        const int vectors = s.vectors - v < kBlockVectors ? s.vectors - v : kBlockVectors;
-        dispatch_strip<kBlockVectors>(vectors, [&]<int U>() {
-            strip_blocks<U>(e.values, w.counts + 16 * at, w.start + at, w.entries, ceil_div(t.rows, kBlockRows),
-                            panel + v * kLanes, width, sums + v * kLanes, tile == 0);
-        });
-    }
+    const int64_t at = (tile * e.groups + t.group) * per_group + row0 / kBlockRows;
+    const int64_t blocks = ceil_div(row1 - row0, kBlockRows);
+    auto run = [&]<class Entry>(const Entry* entries) {
+        const BlockRange<Entry> range{
+            e.values, w.counts + 16 * at, w.base + kBlockRows * at, w.start + at, entries, blocks};
+        for (int v = 0; v < s.vectors; v += kBlockVectors) {
+            const int vectors = s.vectors - v < kBlockVectors ? s.vectors - v : kBlockVectors;
+            dispatch_strip<kBlockVectors>(vectors, [&]<int U>() {
+                strip_blocks<U>(range, panel + v * kLanes, width, sums + v * kLanes, tile == 0);
+            });
+        }
+    };
+    w.narrow ? run(static_cast<const uint8_t*>(w.entries)) : run(static_cast<const int32_t*>(w.entries));
 }
 
 void run_task(const Engine& e, const ConvTask& t, const Epilogue& epilogue) {
     if (!t.rows) return;
+    constexpr int64_t kWriteRows = 32;  // the last tile's sums are written while they are in the first cache
     const TaskInput input(e, t, 0, e.group_channels);
     const int64_t vectors = ceil_div(task_length(e.grid, t), kLanes), strips = strip_count(vectors);
-    const int64_t rows = ceil_div(t.rows, kBlockRows) * kBlockRows;
-    const bool keep = e.tiles > 1;  // a single tile finishes strip by strip
-    float* acc = scratch_of<float>(kAcc, (keep ? vectors * kLanes : kStrip) * rows + kLanes);
+    const int64_t rows = ceil_div(t.rows, kBlockRows) * kBlockRows, end = t.row0 + t.rows;
+    const bool keep = e.tiles > 1, direct = !e.weight.tile;
+    float* acc = scratch_of<float>(kAcc, (keep ? vectors * kLanes * rows : kStrip * most(direct ? rows : 0, kWriteRows)) +
+                                             kLanes);
     for (int64_t tile = 0; tile < e.tiles; ++tile)
         for (int64_t i = 0; i < strips; ++i) {
             const Strip s = strip_of(vectors, i);
             const StripInput in = input.strip(tile, s);
+            const int64_t width = s.vectors * kLanes;
             float* sums = keep ? acc + s.first * kLanes * rows : acc;
-            if (e.weight.tile)
-                run_blocks(e, t, tile, s, in.base, sums);
-            else
+            if (direct) {
                 dispatch_strip(s.vectors, [&]<int U>() {
                     strip_rows<U>(e.values, e.weight.col, input.segment(0), input.segment(1), t.rows, in, sums);
                 });
-            if (tile == e.tiles - 1) write_rows(e, t, s, sums, epilogue);
+                write_rows(e, t, s, t.row0, end, sums, epilogue);
+            } else if (tile < e.tiles - 1) {
+                run_blocks(e, t, tile, s, t.row0, end, in.base, sums);
+            } else {
+                for (int64_t row = t.row0; row < end; row += kWriteRows) {
+                    const int64_t stop = least(row + kWriteRows, end);
+                    float* part = keep ? sums + (row - t.row0) * width : sums;
+                    run_blocks(e, t, tile, s, row, stop, in.base, part);
+                    write_rows(e, t, s, row, stop, part, epilogue);
+                }
+            }
         }
 }
 
@@ -379,12 +401,13 @@ void conv_backward_weight(const ConvBackwardWeight& a) {
     });
 }
 
-int64_t conv_tile(int64_t rows, int64_t columns, int64_t k, int64_t stored) {
-    constexpr int64_t kTile = 36864 / (kStrip * 4), kWidest = 4 * kTile;  // a panel of three quarters of the first cache
+int64_t conv_tile(int64_t rows, int64_t columns, int64_t k, int64_t stored, int64_t pixels) {
+    constexpr int64_t kPanel = 9216, kWidest = 256;  // floats: three quarters of the first cache
     if (columns == k && stored < 3 * columns) return 0;
     // Where rows are nearly empty a wider panel, though in the second cache, saves loading sums for few values.
+    const int64_t strip = least(kStrip, most(1, ceil_div(pixels, kLanes)) * kLanes);
     const int64_t sparse = stored ? 6 * rows * columns / stored : kWidest;
-    const int64_t tile = most(kTile, least(kWidest, sparse));
+    const int64_t tile = least(kWidest, most(kPanel / strip, sparse));
     return columns <= tile ? most(columns, 1) : tile;
 }
 
