@@ -45,11 +45,13 @@ sk::ConvTensor tensor(const Tensor& t) {
     return {at<void>(Address(t[0])), sk::Dtype(t[1]), t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9]};
 }
 
-// (values, dtype, gather, col, segment, rows, columns, stored, tile)
-using Stream = std::array<int64_t, 9>;
+// (values, dtype, value count, gather, col, segment, counts, base, start, entries, narrow, rows, columns, stored, tile)
+using Stream = std::array<int64_t, 15>;
 sk::ConvStream stream(const Stream& s) {
-    return {at<const void>(Address(s[0])), sk::Dtype(s[1]), at<const int32_t>(Address(s[2])),
-            at<const int32_t>(Address(s[3])), at<const int32_t>(Address(s[4])), s[5], s[6], s[7], s[8]};
+    const auto index = [&](size_t i) { return at<const int32_t>(Address(s[i])); };
+    return {at<const void>(Address(s[0])), sk::Dtype(s[1]), s[2], index(3), index(4), index(5),
+            at<const uint16_t>(Address(s[6])), index(7), index(8), at<const void>(Address(s[9])), s[10] != 0,
+            s[11], s[12], s[13], s[14]};
 }
 
 }  // namespace
@@ -74,12 +76,21 @@ void bind_conv(py::module_& m) {
         const py::gil_scoped_release release;
         table().backward_weight(a);
     });
-    m.def("conv_tile", [](int64_t rows, int64_t columns, int64_t k, int64_t stored) {
-        return table().tile(rows, columns, k, stored);
+    m.def("conv_tile", [](int64_t rows, int64_t columns, int64_t k, int64_t stored, int64_t pixels) {
+        return table().tile(rows, columns, k, stored, pixels);
     });
     m.def("conv_segments", [](Address crow, Address col, int64_t rows, int64_t tile, int64_t tiles, Address segment) {
         const py::gil_scoped_release release;
         sk::conv_segments(at<const int32_t>(crow), at<const int32_t>(col), rows, tile, tiles, at<int32_t>(segment));
+    });
+    m.def("conv_blocks", [](Address crow, Address col, Address gather, int64_t rows, int64_t groups, int64_t tile,
+                            int64_t tiles, Address counts, Address base, Address start, Address entries) {
+        const py::gil_scoped_release release;
+        const auto run = [&]<class Entry>(Entry* out) {
+            return sk::conv_blocks(at<const int32_t>(crow), at<const int32_t>(col), at<const int32_t>(gather), rows,
+                                   groups, tile, tiles, at<uint16_t>(counts), at<int32_t>(base), at<int32_t>(start), out);
+        };
+        return gather ? run(at<int32_t>(entries)) : run(at<uint8_t>(entries));
     });
     m.def("conv_transpose", [](const Geometry& g, int64_t channels, Address crow, Address col, Address gather,
                                int64_t rows, Address crow_t, Address col_t, Address gather_t) {

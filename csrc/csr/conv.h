@@ -26,16 +26,26 @@ struct ConvTensor {
     int64_t stride_b, stride_c, stride_h, stride_w;
 };
 
-// Element i of the stream is values[gather ? gather[i] : i]. Columns are cut in tiles of `tile`; segment[t * rows + n]
-// is where tile t of row n begins in the stream, for t up to the number of tiles included. tile = 0: a single tile,
-// read without packing (for weights with few rows or few stored values, depthwise ones above all).
+// Columns are cut in tiles of `tile`. A stream comes in one of two forms, or both:
+// - rows: place i holds the value values[gather ? gather[i] : i] of column col[i]; segment[t * rows + n] is where tile t
+//   of row n begins, for t up to the number of tiles included. The gradient of the weight reads this form, and so does
+//   everything where tile = 0: a single tile, read without packing (for weights with few rows or few stored values,
+//   depthwise ones above all);
+// - blocks of 4 rows of a group, for the products: the columns of a block and tile sorted by which of its rows store
+//   them, so that what is loaded once serves up to 4 rows. Block and tile are entry i = t * blocks + b of three arrays,
+//   blocks = groups * ceil(rows of a group / 4). Mask m (bit r: row r) has counts[16 * i + m] columns; entries from
+//   start[i] on hold, mask by mask from 1 to 15, a column within the tile and, for each row r of the mask, the place in
+//   `values` less base[4 * i + r]. Entries are bytes where `narrow` (values in stream order, tile <= 256), else int32.
 struct ConvStream {
     const void* values;
     Dtype dtype;
-    const int32_t* gather;
-    const int32_t* col;
-    const int32_t* segment;
-    int64_t rows, columns, stored, tile;  // columns: per group, at least K
+    int64_t value_count;
+    const int32_t *gather, *col, *segment;
+    const uint16_t* counts;
+    const int32_t *base, *start;
+    const void* entries;
+    bool narrow;
+    int64_t rows, columns, stored, tile;  // columns: per group, at least K; stored: places of the stream
 };
 
 struct ConvForward {
@@ -68,8 +78,9 @@ struct ConvTable {
     void (*forward)(const ConvForward&);
     void (*backward_input)(const ConvBackwardInput&);
     void (*backward_weight)(const ConvBackwardWeight&);
-    // The tile to cut columns into; 0 where packing would not pay. `rows` and `stored` are those of one group.
-    int64_t (*tile)(int64_t rows, int64_t columns, int64_t k, int64_t stored);
+    // The tile to cut columns into, at most 256; 0 where packing would not pay. `rows` and `stored` are those of one
+    // group, `pixels` all the outputs of one channel.
+    int64_t (*tile)(int64_t rows, int64_t columns, int64_t k, int64_t stored, int64_t pixels);
 };
 
 namespace portable {

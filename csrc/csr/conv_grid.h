@@ -146,7 +146,10 @@ void copy_pixels(const char* in, int64_t step, int64_t count, int64_t channels, 
 }
 
 inline void zero(float* p, int64_t count) {
-    if (count > 0) __builtin_memset(p, 0, size_t(count) * sizeof(float));
+    if (count <= 4)
+        for (; count > 0; --count) *p++ = 0;
+    else
+        __builtin_memset(p, 0, size_t(count) * sizeof(float));
 }
 
 // The source line and columns that plane line `line` of a task holds.
@@ -165,22 +168,23 @@ inline PlaneLine plane_line(const ConvGrid& g, const ConvTensor& x, const ConvTa
     return {static_cast<const char*>(x.data) + at * size_of(x.dtype), first, most(0, last - first)};
 }
 
-// Fills the planes of channels [c0, c1) (counted within the tensor), plane (c0, phase 0) first.
+// Fills the planes of channels [c0, c1) (counted within the tensor), plane (c0, phase 0) first. `table` has room for
+// one entry per line and phase.
 template <Dtype T>
-void fill_planes(const ConvGrid& g, const ConvTensor& x, const ConvTask& t, int64_t c0, int64_t c1, float* planes) {
+void fill_planes(const ConvGrid& g, const ConvTensor& x, const ConvTask& t, int64_t c0, int64_t c1, float* planes,
+                 PlaneLine* table) {
     const int64_t size = plane_size(g, t), lines = plane_lines(g, t);
+    for (int64_t p = 0; p < g.phases; ++p)
+        for (int64_t line = 0; line < lines; ++line) table[p * lines + line] = plane_line(g, x, t, line, g.phase[p]);
     if (x.stride_w == 1) {
         for (int64_t c = c0; c < c1; ++c)
             for (int64_t p = 0; p < g.phases; ++p, planes += size) {
-                float* out = planes;
+                float* out = planes;  // upwards: what a copy spills beyond its end is written again
                 for (int64_t line = 0; line < lines; ++line, out += g.pitch) {
-                    const PlaneLine from = plane_line(g, x, t, line, g.phase[p]);
-                    if (!from.count) {
-                        zero(out, g.pitch);
-                        continue;
-                    }
+                    const PlaneLine& from = table[p * lines + line];
                     zero(out, from.first);
-                    copy_line<T>(from.data + c * x.stride_c * size_of(T), g.step_w, from.count, out + from.first);
+                    if (from.count)
+                        copy_line<T>(from.data + c * x.stride_c * size_of(T), g.step_w, from.count, out + from.first);
                     zero(out + from.first + from.count, g.pitch - from.first - from.count);
                 }
                 zero(out, size - lines * g.pitch);
@@ -189,7 +193,7 @@ void fill_planes(const ConvGrid& g, const ConvTensor& x, const ConvTask& t, int6
         zero(planes, (c1 - c0) * g.phases * size);
         for (int64_t p = 0; p < g.phases; ++p)
             for (int64_t line = 0; line < lines; ++line) {
-                const PlaneLine from = plane_line(g, x, t, line, g.phase[p]);
+                const PlaneLine& from = table[p * lines + line];
                 if (from.count)
                     copy_pixels<T>(from.data + c0 * size_of(T), g.step_w * x.stride_w, from.count, c1 - c0,
                                    planes + p * size + line * g.pitch + from.first, g.phases * size);
@@ -197,11 +201,11 @@ void fill_planes(const ConvGrid& g, const ConvTensor& x, const ConvTask& t, int6
     }
 }
 
-// panel[k - k0] = `vectors` vectors of pixels from position q on, k in [k0, k1).
+// panel[k - k0] = `vectors` vectors of pixels from position q on, k in [k0, k1), one column after the other.
 inline void pack_planes(const ConvTaps& taps, const float* planes, int64_t size, int64_t q, int vectors, int64_t k0,
                         int64_t k1, float* panel) {
     dispatch_strip(vectors, [&]<int U>() {
-        for (int64_t k = k0; k < k1; ++k, panel += kStrip) {
+        for (int64_t k = k0; k < k1; ++k, panel += U * kLanes) {
             if (taps.plane[k] < 0) {
                 zero(panel, U * kLanes);
                 continue;
@@ -217,7 +221,7 @@ inline void pack_planes(const ConvTaps& taps, const float* planes, int64_t size,
 template <Dtype T>
 void pack_pixels(const char* data, int64_t stride_c, int64_t channels, int64_t left, int vectors, int64_t k0,
                  int64_t k1, float* panel) {
-    for (int64_t k = k0; k < k1; ++k, panel += kStrip) {
+    for (int64_t k = k0; k < k1; ++k, panel += vectors * kLanes) {
         if (k >= channels) {
             zero(panel, vectors * kLanes);
             continue;
@@ -248,11 +252,14 @@ inline int64_t make_pieces(const ConvGrid& g, const ConvTask& t, const ConvMap& 
         const int64_t j0 = most(m.j0, -start), j1 = least(m.j1, length - start);
         if (j0 >= j1) continue;
         const int64_t offset = m.offset + (t.image + nth) * stride_b + i * m.stride_i + j0 * m.stride_j;
-        Piece* last = out + made - 1;
-        if (made && last->at + last->count == start + j0 && last->offset + last->count * m.stride_j == offset)
-            last->count += int32_t(j1 - j0);
-        else
-            out[made++] = {int32_t(start + j0), int32_t(j1 - j0), offset};
+        if (made) {
+            Piece& last = out[made - 1];
+            if (last.at + last.count == start + j0 && last.offset + last.count * m.stride_j == offset) {
+                last.count += int32_t(j1 - j0);
+                continue;
+            }
+        }
+        out[made++] = {int32_t(start + j0), int32_t(j1 - j0), offset};
     }
     return made;
 }

@@ -5,53 +5,97 @@
 
 SK_ISA_BEGIN
 
-// A strip is up to 8 vectors of consecutive pixels: 8 accumulators hide the latency of the multiply-add.
-inline constexpr int kStripVectors = 8;
+// A strip is up to kStripVectors vectors of consecutive pixels. kBlockVectors of them times 4 rows are as many
+// accumulators as the registers hold beside the pixels themselves.
+inline constexpr int kBlockRows = 4;
+#if SK_LEVEL >= SK_AVX512
+inline constexpr int kStripVectors = 6, kBlockVectors = 6;
+#else
+inline constexpr int kStripVectors = 8, kBlockVectors = 2;
+#endif
 inline constexpr int kStrip = kStripVectors * kLanes;
 
-// Where the pixels of column k lie: in a panel [tile][kStrip] packed for this strip (aligned, in the first cache), or,
-// Direct, in the padded planes themselves at a table's offset.
+// Where the pixels of column k lie: in a panel packed for this strip (aligned, in the first cache), column k at
+// base + k * stride, or, Direct, in the padded planes themselves at a table's offset.
 struct StripInput {
-    const float* base;  // of column 0, so that column k of a panel lies at base + k * kStrip
+    const float* base;
+    int64_t stride;
     const int64_t* offset;
 };
 
 template <bool Direct>
 inline const float* strip_at(const StripInput& in, int32_t k) {
-    if constexpr (Direct) return in.base + in.offset[k];
-    return in.base + int64_t(k) * kStrip;
+    return in.base + (Direct ? in.offset[k] : k * in.stride);
 }
 
-// acc[n][0 .. U) (+)= sum over the row's stored values of value * pixels. First: the tile starts the sum.
-template <int U, bool Direct>
-void strip_rows(const float* values, const int32_t* col, const int32_t* begin, const int32_t* end, int64_t rows,
-                const StripInput& in, float* acc, bool first) {
-    for (int64_t n = 0; n < rows; ++n, acc += U * kLanes) {
-        Vf a[U];
+// The columns that exactly the rows of mask M store.
+template <int M, int U, class Entry>
+[[gnu::always_inline]] inline void block_columns(Vf (&acc)[kBlockRows][U], const float* const (&values)[kBlockRows],
+                                                 const Entry*& entry, int count, const float* base, int64_t stride) {
+    for (int i = 0; i < count; ++i) {
+        const float* p = base + *entry++ * stride;
+        Vf x[U];
 #pragma GCC unroll 8
-        for (int u = 0; u < U; ++u) a[u] = first ? Vf{} : vf_load(acc + u * kLanes);
-        int64_t i = begin[n];
-        const int64_t stop = end[n];
-        if constexpr (U <= 4) {  // two values at a time, or the few accumulators would wait for one another
-            Vf b[U] = {};
-            for (; i + 1 < stop; i += 2) {
-                const float *x = strip_at<Direct>(in, col[i]), *z = strip_at<Direct>(in, col[i + 1]);
+        for (int u = 0; u < U; ++u) x[u] = vf_load(p + u * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kBlockRows; ++r)
+            if (M >> r & 1) {
+                const float value = values[r][*entry++];
 #pragma GCC unroll 8
-                for (int u = 0; u < U; ++u) {
-                    a[u] += values[i] * vf_load(x + u * kLanes);
-                    b[u] += values[i + 1] * vf_load(z + u * kLanes);
-                }
+                for (int u = 0; u < U; ++u) acc[r][u] += value * x[u];
             }
+    }
+}
+
+// Consecutive blocks of one tile (see ConvStream).
+template <class Entry>
+struct BlockRange {
+    const float* values;
+    const uint16_t* counts;
+    const int32_t *base, *start;
+    const Entry* entries;
+    int64_t blocks;
+};
+
+// sums[n][0 .. width) (+)= sum over the stored values of row n of value * pixels, for U vectors of a strip of `width`
+// pixels. First: the tile starts the sum. Loads are what limits this kernel, and sharing them halves them at 50 %
+// density; the short loops' mispredicted ends hide behind the multiply-adds still queued.
+template <int U, class Entry>
+void strip_blocks(const BlockRange<Entry>& w, const float* panel, int64_t width, float* sums, bool first) {
+    for (int64_t b = 0; b < w.blocks; ++b, sums += kBlockRows * width) {
+        Vf acc[kBlockRows][U];
+#pragma GCC unroll 4
+        for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 8
-            for (int u = 0; u < U; ++u) a[u] += b[u];
-        }
-        for (; i < stop; ++i) {
-            const float* x = strip_at<Direct>(in, col[i]);
+            for (int u = 0; u < U; ++u) acc[r][u] = first ? Vf{} : vf_load(sums + r * width + u * kLanes);
+        const uint16_t* counts = w.counts + 16 * b;
+        const int32_t* base = w.base + kBlockRows * b;
+        const float* const values[kBlockRows] = {w.values + base[0], w.values + base[1], w.values + base[2],
+                                                 w.values + base[3]};
+        const Entry* entry = w.entries + w.start[b];
+        [&]<int... I>(std::integer_sequence<int, I...>) {
+            (block_columns<I + 1, U>(acc, values, entry, counts[I + 1], panel, width), ...);
+        }(std::make_integer_sequence<int, 15>{});
+#pragma GCC unroll 4
+        for (int r = 0; r < kBlockRows; ++r)
+#pragma GCC unroll 8
+            for (int u = 0; u < U; ++u) vf_store(sums + r * width + u * kLanes, acc[r][u]);
+    }
+}
+
+// The same row by row, straight from the planes.
+template <int U>
+void strip_rows(const float* values, const int32_t* col, const int32_t* begin, const int32_t* end, int64_t rows,
+                const StripInput& in, float* sums) {
+    for (int64_t n = 0; n < rows; ++n, sums += U * kLanes) {
+        Vf a[U] = {};
+        for (int64_t i = begin[n]; i < end[n]; ++i) {
+            const float* x = strip_at<true>(in, col[i]);
 #pragma GCC unroll 8
             for (int u = 0; u < U; ++u) a[u] += values[i] * vf_load(x + u * kLanes);
         }
 #pragma GCC unroll 8
-        for (int u = 0; u < U; ++u) vf_store(acc + u * kLanes, a[u]);
+        for (int u = 0; u < U; ++u) vf_store(sums + u * kLanes, a[u]);
     }
 }
 
@@ -99,19 +143,15 @@ void strip_dots(const int32_t* col, const int32_t* begin, const int32_t* end, in
     }
 }
 
-// Calls f.template operator()<U>() for U in 1 .. kStripVectors.
-template <class F>
+// Calls f.template operator()<U>() for U in 1 .. Most.
+template <int Most = kStripVectors, class F>
 inline void dispatch_strip(int vectors, F&& f) {
-    switch (vectors) {
-        case 1: return f.template operator()<1>();
-        case 2: return f.template operator()<2>();
-        case 3: return f.template operator()<3>();
-        case 4: return f.template operator()<4>();
-        case 5: return f.template operator()<5>();
-        case 6: return f.template operator()<6>();
-        case 7: return f.template operator()<7>();
-        default: return f.template operator()<8>();
-    }
+    if constexpr (Most == 1)
+        f.template operator()<1>();
+    else if (vectors == Most)
+        f.template operator()<Most>();
+    else
+        dispatch_strip<Most - 1>(vectors, f);
 }
 
 SK_ISA_END

@@ -21,6 +21,49 @@ inline void conv_segments(const int32_t* crow, const int32_t* col, int64_t rows,
     }
 }
 
+// The stream as blocks of 4 rows (ConvStream). counts: 16 per block and tile; base: 4; start: one; entries: room for
+// twice the stored places. Narrow without gather. Returns how many entries were written.
+template <class Entry>
+int64_t conv_blocks(const int32_t* crow, const int32_t* col, const int32_t* gather, int64_t rows, int64_t groups,
+                    int64_t tile, int64_t tiles, uint16_t* counts, int32_t* base, int32_t* start, Entry* entries) {
+    const int64_t group_rows = rows / groups, per_group = (group_rows + 3) / 4, blocks = groups * per_group;
+    std::vector<int32_t> next(crow, crow + rows);  // where each row goes on
+    std::vector<int32_t> place(size_t(tile) * 4);
+    std::vector<uint8_t> mask(size_t(tile), 0);
+    std::vector<int32_t> of_mask[16];
+    int64_t written = 0;
+    for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t b = 0; b < blocks; ++b, counts += 16, base += 4) {
+            const int64_t group = b / per_group, row0 = group * group_rows + b % per_group * 4;
+            for (int r = 0; r < 4; ++r) {
+                const int64_t n = row0 + r;
+                base[r] = 0;
+                if (n >= (group + 1) * group_rows) continue;
+                int32_t& i = next[size_t(n)];
+                if (!gather) base[r] = i;
+                for (; i < crow[n + 1] && col[i] < (t + 1) * tile; ++i) {
+                    const size_t k = size_t(col[i] - t * tile);
+                    mask[k] = uint8_t(mask[k] | 1 << r);
+                    place[4 * k + size_t(r)] = gather ? gather[i] : i - base[r];
+                }
+            }
+            for (size_t k = 0; k < size_t(tile); ++k)
+                if (mask[k]) of_mask[mask[k]].push_back(int32_t(k)), mask[k] = 0;
+            *start++ = int32_t(written);
+            counts[0] = 0;
+            for (int m = 1; m < 16; ++m) {
+                counts[m] = uint16_t(of_mask[m].size());
+                for (const int32_t k : of_mask[m]) {
+                    entries[written++] = Entry(k);
+                    for (int r = 0; r < 4; ++r)
+                        if (m >> r & 1) entries[written++] = Entry(place[4 * size_t(k) + size_t(r)]);
+                }
+                of_mask[m].clear();
+            }
+        }
+    return written;
+}
+
 // The stream for the gradient of the input: rows (group, a, b, c) for phases a, b of the stride, columns (n, r, s) with
 // n within the group; ascending. crow_t has groups * stride_h * stride_w * (channels / groups) + 1 elements. gather_t
 // holds positions in `values`. Stored places beyond K (zeros by contract) are left out; returns how many remain.

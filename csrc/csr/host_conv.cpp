@@ -33,15 +33,17 @@ struct Engine {
     int64_t task_images, task_lines, image_tasks, line_tasks, row_tasks;
 };
 
-// The stream's values as floats in stream order.
+// The values as floats: in stream order for rows (tile 0), as they lie for blocks.
 const float* float_values(const ConvStream& w, int threads) {
-    if (w.dtype == Dtype::f32 && !w.gather) return static_cast<const float*>(w.values);
-    float* out = scratch_of<float>(kValues, w.stored);
+    const bool gather = w.gather && !w.tile;
+    if (w.dtype == Dtype::f32 && !gather) return static_cast<const float*>(w.values);
+    const int64_t count = gather ? w.stored : w.value_count;
+    float* out = scratch_of<float>(kValues, count);
     constexpr int64_t kBlock = 1 << 15;
-    parallel_for(ceil_div(w.stored, kBlock), w.stored < 4 * kBlock ? 1 : threads, [&](int64_t block) {
-        const int64_t i0 = block * kBlock, i1 = least(i0 + kBlock, w.stored);
+    parallel_for(ceil_div(count, kBlock), count < 4 * kBlock ? 1 : threads, [&](int64_t block) {
+        const int64_t i0 = block * kBlock, i1 = least(i0 + kBlock, count);
         dispatch_float(w.dtype, [&]<Dtype T>() {
-            if (w.gather)
+            if (gather)
                 for (int64_t i = i0; i < i1; ++i) out[i] = load_as<T>(w.values, w.gather[i]);
             else
                 copy_line<T>(static_cast<const char*>(w.values) + i0 * size_of(T), 1, i1 - i0, out + i0);
@@ -120,7 +122,7 @@ int64_t partition(Engine& e, int threads) {
 
 ConvTask task_at(const Engine& e, int64_t index) {
     ConvTask t;
-    const int64_t chunk = ceil_div(e.group_rows, e.row_tasks);
+    const int64_t chunk = ceil_div(ceil_div(e.group_rows, e.row_tasks), kBlockRows) * kBlockRows;
     t.row0 = index % e.row_tasks * chunk, index /= e.row_tasks;
     t.rows = most(0, least(chunk, e.group_rows - t.row0));
     t.group = index % e.groups, index /= e.groups;
@@ -145,8 +147,10 @@ struct TaskInput {
         if (!e.view) {
             planes = scratch_of<float>(kPlanes, (c1 - c0) * e.grid.phases * size);
             const int64_t first = t.group * e.group_channels;
-            dispatch_float(e.in.dtype,
-                           [&]<Dtype T>() { fill_planes<T>(e.grid, e.in, t, first + c0, first + c1, planes); });
+            PlaneLine* table = scratch_of<PlaneLine>(kPieces, e.grid.phases * plane_lines(e.grid, t));
+            dispatch_float(e.in.dtype, [&]<Dtype T>() {
+                fill_planes<T>(e.grid, e.in, t, first + c0, first + c1, planes, table);
+            });
             planes -= c0 * e.grid.phases * size;
         }
         if (e.weight.tile) {
@@ -159,7 +163,7 @@ struct TaskInput {
 
     StripInput strip(int64_t tile, Strip s) const {
         const int64_t q = s.first * kLanes;
-        if (!e.weight.tile) return {planes + q, offsets};
+        if (!e.weight.tile) return {planes + q, 0, offsets};
         const int64_t k0 = tile * e.weight.tile, k1 = least(k0 + e.weight.tile, e.weight.columns);
         if (e.view) {
             const ConvTensor& x = e.in;
@@ -171,7 +175,7 @@ struct TaskInput {
         } else {
             pack_planes(e.taps, planes, size, q, s.vectors, k0, k1, panel);
         }
-        return {panel - k0 * kStrip, nullptr};
+        return {panel, s.vectors * kLanes, nullptr};
     }
 
     const int32_t* segment(int64_t tile) const {
@@ -179,43 +183,76 @@ struct TaskInput {
     }
 };
 
-void write_rows(const Engine& e, const ConvTask& t, Strip s, const float* acc, const Epilogue& epilogue) {
-    const int64_t width = s.vectors * kLanes, end = t.row0 + t.rows;
+// Writes rows [row0, row1) of a task, whose sums begin at `sums`.
+void write_rows(const Engine& e, const ConvTask& t, Strip s, int64_t row0, int64_t row1, const float* sums,
+                const Epilogue& epilogue) {
+    const int64_t width = s.vectors * kLanes;
     Piece* pieces = scratch_of<Piece>(kPieces, kStrip);
-    for (int64_t row = t.row0; row < end;) {
-        const int64_t m = row / e.map_rows, stop = least(end, (m + 1) * e.map_rows);
+    for (int64_t row = row0; row < row1;) {
+        const int64_t m = row / e.map_rows, stop = least(row1, (m + 1) * e.map_rows);
         const int64_t channel = t.group * e.map_rows + row - m * e.map_rows;
         const int64_t count = make_pieces(e.grid, t, e.maps[m], e.out.stride_b, s.first * kLanes, width, pieces);
         dispatch_float(e.out.dtype, [&]<Dtype T>() {
             char* y = static_cast<char*>(e.out.data) + channel * e.out.stride_c * size_of(T);
             dispatch_act(epilogue.act, [&]<Act A>() {
-                write_strip<T, A>(acc, s.vectors, stop - row, pieces, count, epilogue_from(epilogue, channel), y,
+                write_strip<T, A>(sums, s.vectors, stop - row, pieces, count, epilogue_from(epilogue, channel), y,
                                   e.out.stride_c, e.maps[m].stride_j);
             });
         });
-        acc += (stop - row) * width, row = stop;
+        sums += (stop - row) * width, row = stop;
     }
+}
+
+// One tile of a strip for rows [row0, row1) of a task's group.
+void run_blocks(const Engine& e, const ConvTask& t, int64_t tile, Strip s, int64_t row0, int64_t row1,
+                const float* panel, float* sums) {
+    const ConvStream& w = e.weight;
+    const int64_t per_group = ceil_div(e.group_rows, kBlockRows), width = s.vectors * kLanes;
+    const int64_t at = (tile * e.groups + t.group) * per_group + row0 / kBlockRows;
+    const int64_t blocks = ceil_div(row1 - row0, kBlockRows);
+    auto run = [&]<class Entry>(const Entry* entries) {
+        const BlockRange<Entry> range{
+            e.values, w.counts + 16 * at, w.base + kBlockRows * at, w.start + at, entries, blocks};
+        for (int v = 0; v < s.vectors; v += kBlockVectors) {
+            const int vectors = s.vectors - v < kBlockVectors ? s.vectors - v : kBlockVectors;
+            dispatch_strip<kBlockVectors>(vectors, [&]<int U>() {
+                strip_blocks<U>(range, panel + v * kLanes, width, sums + v * kLanes, tile == 0);
+            });
+        }
+    };
+    w.narrow ? run(static_cast<const uint8_t*>(w.entries)) : run(static_cast<const int32_t*>(w.entries));
 }
 
 void run_task(const Engine& e, const ConvTask& t, const Epilogue& epilogue) {
     if (!t.rows) return;
+    constexpr int64_t kWriteRows = 32;  // the last tile's sums are written while they are in the first cache
     const TaskInput input(e, t, 0, e.group_channels);
     const int64_t vectors = ceil_div(task_length(e.grid, t), kLanes), strips = strip_count(vectors);
-    const bool keep = e.tiles > 1;  // a single tile finishes strip by strip
-    float* sums = scratch_of<float>(kAcc, (keep ? vectors * kLanes : kStrip) * t.rows + kLanes);
+    const int64_t rows = ceil_div(t.rows, kBlockRows) * kBlockRows, end = t.row0 + t.rows;
+    const bool keep = e.tiles > 1, direct = !e.weight.tile;
+    float* acc = scratch_of<float>(kAcc, (keep ? vectors * kLanes * rows : kStrip * most(direct ? rows : 0, kWriteRows)) +
+                                             kLanes);
     for (int64_t tile = 0; tile < e.tiles; ++tile)
         for (int64_t i = 0; i < strips; ++i) {
             const Strip s = strip_of(vectors, i);
             const StripInput in = input.strip(tile, s);
-            const int32_t *begin = input.segment(tile), *end = input.segment(tile + 1);
-            float* acc = keep ? sums + s.first * kLanes * t.rows : sums;
-            dispatch_strip(s.vectors, [&]<int U>() {
-                if (e.weight.tile)
-                    strip_rows<U, false>(e.values, e.weight.col, begin, end, t.rows, in, acc, tile == 0);
-                else
-                    strip_rows<U, true>(e.values, e.weight.col, begin, end, t.rows, in, acc, tile == 0);
-            });
-            if (tile == e.tiles - 1) write_rows(e, t, s, acc, epilogue);
+            const int64_t width = s.vectors * kLanes;
+            float* sums = keep ? acc + s.first * kLanes * rows : acc;
+            if (direct) {
+                dispatch_strip(s.vectors, [&]<int U>() {
+                    strip_rows<U>(e.values, e.weight.col, input.segment(0), input.segment(1), t.rows, in, sums);
+                });
+                write_rows(e, t, s, t.row0, end, sums, epilogue);
+            } else if (tile < e.tiles - 1) {
+                run_blocks(e, t, tile, s, t.row0, end, in.base, sums);
+            } else {
+                for (int64_t row = t.row0; row < end; row += kWriteRows) {
+                    const int64_t stop = least(row + kWriteRows, end);
+                    float* part = keep ? sums + (row - t.row0) * width : sums;
+                    run_blocks(e, t, tile, s, row, stop, in.base, part);
+                    write_rows(e, t, s, row, stop, part, epilogue);
+                }
+            }
         }
 }
 
@@ -347,9 +384,11 @@ void conv_backward_weight(const ConvBackwardWeight& a) {
                         const StripInput in = input.strip(tile_at, s);
                         const int32_t *begin = input.segment(tile_at), *end = input.segment(tile_at + 1);
                         const float* d = dy + s.first * kLanes * t.rows;
+                        const int64_t k0 = tile_at * w.tile;
                         dispatch_strip(s.vectors, [&]<int U>() {
                             if (w.tile)
-                                strip_dots<U, false>(w.col, begin, end, t.rows, in, d, sums);
+                                strip_dots<U, false>(w.col, begin, end, t.rows, {in.base - k0 * in.stride, in.stride, nullptr}, d,
+                                                     sums);
                             else
                                 strip_dots<U, true>(w.col, begin, end, t.rows, in, d, sums);
                         });
@@ -362,12 +401,13 @@ void conv_backward_weight(const ConvBackwardWeight& a) {
     });
 }
 
-int64_t conv_tile(int64_t rows, int64_t columns, int64_t k, int64_t stored) {
-    constexpr int64_t kTile = 32768 / (kStrip * 4), kWidest = 4 * kTile;  // a panel of two thirds of the first cache
+int64_t conv_tile(int64_t rows, int64_t columns, int64_t k, int64_t stored, int64_t pixels) {
+    constexpr int64_t kPanel = 9216, kWidest = 256;  // floats: three quarters of the first cache
     if (columns == k && stored < 3 * columns) return 0;
-    // Where rows are sparse a wider panel, though in the second cache, saves loading accumulators for few values.
-    const int64_t sparse = stored ? 8 * rows * columns / stored : kWidest;
-    const int64_t tile = most(kTile, least(kWidest, sparse / kTile * kTile));
+    // Where rows are nearly empty a wider panel, though in the second cache, saves loading sums for few values.
+    const int64_t strip = least(kStrip, most(1, ceil_div(pixels, kLanes)) * kLanes);
+    const int64_t sparse = stored ? 6 * rows * columns / stored : kWidest;
+    const int64_t tile = least(kWidest, most(kPanel / strip, sparse));
     return columns <= tile ? most(columns, 1) : tile;
 }
 

@@ -50,19 +50,25 @@ class Stream:
 
 @dataclass(frozen=True)
 class Tiled:
-    """A stream cut in tiles of columns, as the kernels read it."""
+    """A stream cut in tiles of columns, in the form that a kernel reads (csrc/csr/conv.h): rows, or blocks of rows."""
 
     stream: Stream
+    stored: int
     rows: int
     tile: int
-    segment: Tensor
+    segment: Tensor | None = None
+    blocks: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def arguments(self, values: Tensor) -> tuple[int, ...]:
         s = self.stream
         gather = 0 if s.gather is None else s.gather.data_ptr()
+        segment = 0 if self.segment is None else self.segment.data_ptr()
+        blocks = (0, 0, 0, 0, 0)
+        if self.blocks is not None:
+            blocks = (*(t.data_ptr() for t in self.blocks), self.blocks[3].dtype == torch.uint8)
         return (
-            values.data_ptr(), DTYPES[values.dtype], gather, s.col.data_ptr(), self.segment.data_ptr(),
-            self.rows, s.columns, s.col.numel(), self.tile,
+            values.data_ptr(), DTYPES[values.dtype], values.numel(), gather, s.col.data_ptr(), segment,
+            *blocks, self.rows, s.columns, self.stored, self.tile,
         )  # fmt: skip
 
 
@@ -105,31 +111,64 @@ def _flat(t: Tensor) -> Tensor:
     return t.reshape(-1).to(torch.int32)
 
 
-def _tiled(stream: Stream, rows: int, groups: int, k: int) -> Tiled:
-    host = _ext.host()
-    tile = host.conv_tile(rows // groups, stream.columns, k, stream.col.numel() // groups)
-    tiles = max(1, -(-stream.columns // tile)) if tile else 1
+def _count(stream: Stream, tile: int) -> int:
+    """How many tiles there are; tile 0 is everything in one, unpacked."""
+    return max(1, -(-stream.columns // tile)) if tile else 1
+
+
+def _by_rows(stream: Stream, rows: int, tile: int) -> Tiled:
+    tiles = _count(stream, tile)
     segment = torch.empty((tiles + 1) * rows, dtype=torch.int32)
     width = tile or max(stream.columns, 1)
-    host.conv_segments(stream.crow.data_ptr(), stream.col.data_ptr(), rows, width, tiles, segment.data_ptr())
-    return Tiled(stream, rows, tile, segment)
+    crow, col = stream.crow.data_ptr(), stream.col.data_ptr()
+    _ext.host().conv_segments(crow, col, rows, width, tiles, segment.data_ptr())
+    return Tiled(stream, stream.col.numel(), rows, tile, segment)
 
 
-def _forward_plan(layout: Layout, g: Geometry) -> Tiled:
+def _by_blocks(stream: Stream, rows: int, groups: int, tile: int) -> Tiled:
+    if tile == 0:
+        return _by_rows(stream, rows, tile)
+    tiles = _count(stream, tile)
+    blocks = tiles * groups * -(-rows // groups // 4)
+    counts, base = torch.empty(blocks * 16, dtype=torch.int16), torch.empty(blocks * 4, dtype=torch.int32)
+    start = torch.empty(blocks, dtype=torch.int32)
+    entries = torch.empty(2 * stream.col.numel(), dtype=torch.uint8 if stream.gather is None else torch.int32)
+    written = _ext.host().conv_blocks(
+        stream.crow.data_ptr(), stream.col.data_ptr(), 0 if stream.gather is None else stream.gather.data_ptr(),
+        rows, groups, tile, tiles, counts.data_ptr(), base.data_ptr(), start.data_ptr(), entries.data_ptr(),
+    )  # fmt: skip
+    empty = stream.col.new_empty(0)  # the blocks say all that the stream does; let it go
+    bare, stored = Stream(empty, empty, None, stream.columns), stream.col.numel()
+    return Tiled(bare, stored, rows, tile, None, (counts, base, start, entries[:written].clone()))
+
+
+def _tile(layout: Layout, rows: int, k: int, groups: int, pixels: int) -> int:
+    columns = 2 * layout.values.shape[1] if isinstance(layout, Sp24) and k == layout.shape[1] else k
+    return _ext.host().conv_tile(rows // groups, columns, k, layout.values.numel() // groups, pixels)
+
+
+def _forward_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
     n, k = layout.shape
-    topology = _topology(layout)
-    key = ("conv2d", layout.dims, g.groups)
-    return plan(topology, key, lambda: _tiled(stream_of(layout), n, g.groups, k))
+    tile = _tile(layout, n, k, g.groups, pixels)
+    key = ("conv2d", layout.dims, g.groups, tile)
+    return plan(_topology(layout), key, lambda: _by_blocks(stream_of(layout), n, g.groups, tile))
 
 
-def _input_plan(layout: Layout, g: Geometry) -> Tiled:
+def _weight_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
+    n, k = layout.shape
+    tile = _tile(layout, n, k, g.groups, pixels)
+    return plan(_topology(layout), ("conv2d_weight", layout.dims, tile), lambda: _by_rows(stream_of(layout), n, tile))
+
+
+def _input_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
     """The transposed stream; it depends on which taps meet which phase of the stride."""
+    n, k = layout.shape
+    channels, columns = k // g.taps * g.groups, n // g.groups * g.taps
+    rows = channels * g.stride_h * g.stride_w
+    tile = _tile(layout, rows, columns, g.groups, pixels)
 
     def make() -> Tiled:
-        (n, k), stream = layout.shape, stream_of(layout)
-        channels = k // g.taps * g.groups
-        rows = channels * g.stride_h * g.stride_w
-        columns = n // g.groups * g.taps
+        stream = stream_of(layout)
         crow = torch.empty(rows + 1, dtype=torch.int32)
         col, gather = torch.empty_like(stream.col), torch.empty_like(stream.col)
         stored = _ext.host().conv_transpose(
@@ -137,9 +176,13 @@ def _input_plan(layout: Layout, g: Geometry) -> Tiled:
             0 if stream.gather is None else stream.gather.data_ptr(), n,
             crow.data_ptr(), col.data_ptr(), gather.data_ptr(),
         )  # fmt: skip
-        return _tiled(Stream(crow, col[:stored].clone(), gather[:stored].clone(), columns), rows, g.groups, columns)
+        return _by_blocks(Stream(crow, col[:stored].clone(), gather[:stored].clone(), columns), rows, g.groups, tile)
 
-    return plan(_topology(layout), ("conv2d_input", layout.dims, g[:6], g.groups, g.order), make)
+    return plan(_topology(layout), ("conv2d_input", layout.dims, g[:6], g.groups, g.order, tile), make)
+
+
+def _pixels(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 def _geometry(g: Geometry) -> tuple[int, ...]:
@@ -188,7 +231,7 @@ def conv2d(layout: Layout, x: Tensor, bias: Tensor | None, g: Geometry, activati
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
     _ext.host().conv_forward(
-        _geometry(g), _image(x), _image(y), _forward_plan(layout, g).arguments(layout.values),
+        _geometry(g), _image(x), _image(y), _forward_plan(layout, g, _pixels(y)).arguments(layout.values),
         0 if bias is None else bias.data_ptr(), ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -201,7 +244,7 @@ def conv2d_input(layout: Layout, dy: Tensor, g: Geometry, height: int, width: in
     if product is not None:
         return _as_images(product.mm_t(layout, _rows(dy)), dy)
     dx = _empty((dy.shape[0], layout.shape[1] // g.taps * g.groups, height, width), dy)
-    weight = _input_plan(layout, g).arguments(layout.values)
+    weight = _input_plan(layout, g, _pixels(dy)).arguments(layout.values)
     _ext.host().conv_backward_input(_geometry(g), _image(dy), _image(dx), weight, torch.get_num_threads())
     return dx
 
@@ -212,9 +255,9 @@ def conv2d_weight(layout: Layout, dy: Tensor, x: Tensor, g: Geometry) -> Tensor:
     product = _product("sddmm", layout, x, g)
     if product is not None and channels_last(dy):
         return product.sddmm(layout, _rows(dy), _rows(x))
-    tiled = _forward_plan(layout, g)
+    tiled = _weight_plan(layout, g, _pixels(dy))
     # Padding that no stream place stands for stays zero.
-    whole = tiled.stream.col.numel() == layout.values.numel()
+    whole = tiled.stored == layout.values.numel()
     dvalues = layout.values.new_empty(layout.values.shape) if whole else torch.zeros_like(layout.values)
     _ext.host().conv_backward_weight(
         _geometry(g), _image(dy), _image(x), tiled.arguments(layout.values), dvalues.data_ptr(),
