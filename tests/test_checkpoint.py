@@ -241,6 +241,23 @@ def test_what_is_missing_or_too_much(tmp_path: Path) -> None:
     assert not (tmp_path / "no.safetensors").exists()
 
 
+def test_a_broken_state_dict_changes_nothing(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Linear(40, 40), sparse_linear("csr"))
+    state = source.state_dict()
+    for key, broken, message in (
+        ("1.col", state["1.col"] + 40, r"1: csr layout of shape \(24, 40\): col\[0\]"),
+        ("1.values", state["1.values"][1:], "1: csr layout"),
+        ("1.bias", torch.zeros(3), r"'1.bias' has shape \(3,\) in the file, \(24,\) in the model"),
+        ("0.bias", torch.zeros(3), r"'0.bias' has shape \(3,\) in the file, \(40,\) in the model"),
+    ):
+        torch.save(state | {key: broken}, tmp_path / "m.pt")
+        model = nn.Sequential(nn.Linear(40, 40), sparse_linear("csr"))
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load(tmp_path / "m.pt", model)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
 # What needs nothing of ours ---------------------------------------------------------------------------------
 
 
