@@ -407,11 +407,9 @@ def test_bench_measures_every_format(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_bench_says_when_the_machine_is_busy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(variants: Any, *args: Any, **kwargs: Any) -> Any:
-        return {name: Timing(2e-3, 1e-3, spread * 1e-3, 9) for name in variants}
-
-    monkeypatch.setattr(bench, "measure", measured)
     for spread, said in ((1.9, False), (2.1, True)):
+        time = Timing(2e-3, 1e-3, spread * 1e-3, 9)
+        monkeypatch.setattr(bench, "measure", lambda variants, *_, t=time, **__: dict.fromkeys(variants, t))
         text = run(capsys, "bench", *QUICK, "--tokens", "1,2", "--format", "csr")
         assert ("2 of 2 rows spread by more than 2x" in text) is said
 

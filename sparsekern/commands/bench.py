@@ -264,9 +264,7 @@ def _print(facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         f"{facts['threads']} threads, torch {facts['torch']}; ratios above 1: sparsekern is faster"
     )
     if noisy := sum(any(t["p80"] > NOISY * t["p20"] for t in row.get("ms", {}).values()) for row in rows):
-        out.print(
-            f"{noisy} of {len(rows)} rows spread by more than {NOISY}x: the machine is busy, do not trust them"
-        )
+        out.print(f"{noisy} of {len(rows)} rows spread by more than {NOISY}x: the machine is busy")
     said = {f"{name}: {why}" for row in rows for name, why in row["failures"].items()}
     for line in sorted(said):
         out.print(line, markup=False)
