@@ -22,7 +22,7 @@ from sparsekern.commands import bench, info
 from sparsekern.formats import FORMATS
 from sparsekern.nn import SparseConv2d, SparseLinear
 from sparsekern.patterns import analyse
-from sparsekern.testing import random_weight
+from sparsekern.testing import Timing, random_weight
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> str:
@@ -94,6 +94,7 @@ def test_info_says_what_the_dispatcher_says(capsys: pytest.CaptureFixture[str]) 
     if _ext.why_not_host() is None:
         assert said["machine"]["instruction_set"] == _ext.host().active_isa()
     rows = {(row["format"], row["backend"]): row for row in said["backends"] if row["device"] == "cpu"}
+    assert {row["backend"] for row in said["backends"]} | set(said["absent"]) == set(dispatch.BACKENDS)
     assert set(rows) == {(f, b) for f in FORMATS for b in dispatch.backends(f, "cpu")}
     for format in FORMATS:
         for dtype in (torch.float32, torch.bfloat16):
@@ -403,6 +404,16 @@ def test_bench_measures_every_format(capsys: pytest.CaptureFixture[str], tmp_pat
     assert result["machine"]["threads"] == torch.get_num_threads()
 
 
+def test_bench_says_when_the_machine_is_busy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for spread, said in ((1.9, False), (2.1, True)):
+        time = Timing(2e-3, 1e-3, spread * 1e-3, 9)
+        monkeypatch.setattr(bench, "measure", lambda variants, *_, t=time, **__: dict.fromkeys(variants, t))
+        text = run(capsys, "bench", *QUICK, "--tokens", "1,2", "--format", "csr")
+        assert ("2 of 2 rows spread by more than 2x" in text) is said
+
+
 def test_bench_takes_its_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out, before = tmp_path / "b.json", torch.get_num_threads()
     what = (
@@ -505,6 +516,16 @@ def test_a_failed_conversion_leaves_nothing_behind(
         assert main([str(arg) for arg in args]) == 2
         assert "marlin-24" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_without_safetensors(
+    capsys: pytest.CaptureFixture[str], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert main(["inspect", str(files / "m.safetensors")]) == 2
+    assert "pip install 'sparsekern[checkpoint]'" in capsys.readouterr().err
+    assert "12 weights" in run(capsys, "inspect", files / "m.pt")
+    run(capsys, "convert", files / "m.pt", tmp_path / "d.pt", "--to", "dense")
 
 
 @pytest.mark.parametrize("command", ["info", "inspect", "convert", "bench"])

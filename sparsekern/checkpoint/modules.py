@@ -176,16 +176,26 @@ def _sparse_twin(module: nn.Module, weight: Weight) -> SparseModule:
 
 
 def _check_state(model: nn.Module, state: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+    """Everything that load_state_dict would find out half-way."""
     own = model.state_dict()
     for key, t in state.items():
-        if (
-            key in own
-            and own[key].shape != t.shape
-            and not isinstance(modules.get(key.rpartition(".")[0]), SparseModule)
-        ):
-            raise ValueError(
-                f"{key!r} has shape {tuple(t.shape)} in the file, {tuple(own[key].shape)} in the model"
-            )
+        owner, _, attribute = key.rpartition(".")
+        module = modules.get(owner)
+        if isinstance(module, SparseModule) and attribute in (*module.packed.tensors(), ORDER_FLAG, "weight"):
+            if attribute == "values":
+                _check_parts(key, state, module)
+        elif key in own and own[key].shape != t.shape:
+            expected = tuple(own[key].shape)
+            raise ValueError(f"{key!r} has shape {tuple(t.shape)} in the file, {expected} in the model")
+
+
+def _check_parts(key: str, state: Mapping[str, Tensor], module: SparseModule) -> None:
+    names = [name for name in module.packed.tensors() if name != "scale" or module.scale is not None]
+    prefix = key[: -len("values")]
+    try:
+        SparseModule._packed_from(module, dict(state), prefix, tuple(names))
+    except ValueError as error:
+        raise ValueError(f"{prefix.rstrip('.') or 'the model'}: {error}") from None
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], given: set[str], strict: bool) -> None:

@@ -25,6 +25,7 @@ from . import show
 from .info import machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NOISY = 2  # p80 / p20 above which a figure says more about the machine than about the kernel
 EXAMPLE = """examples:
   python -m sparsekern bench --shape 4096x4096 --tokens 1,16,128
   python -m sparsekern bench --shape 4096x11008 --shape 11008x4096 --format csr,bsr --sparsity 0.8,0.9 --json
@@ -262,6 +263,8 @@ def _print(facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         f"{facts['processor']}, {facts.get('instruction_set', 'no compiled kernels')}, "
         f"{facts['threads']} threads, torch {facts['torch']}; ratios above 1: sparsekern is faster"
     )
+    if noisy := sum(any(t["p80"] > NOISY * t["p20"] for t in row.get("ms", {}).values()) for row in rows):
+        out.print(f"{noisy} of {len(rows)} rows spread by more than {NOISY}x: the machine is busy")
     said = {f"{name}: {why}" for row in rows for name, why in row["failures"].items()}
     for line in sorted(said):
         out.print(line, markup=False)

@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     facts, rows = machine(), backends()
     if args.json:
-        show.print_json({"machine": facts, "backends": rows})
+        show.print_json({"machine": facts, "backends": rows, "absent": absent()})
         return 0
     out = show.console()
     values = [", ".join(v) if isinstance(v, list) else str(v) for v in facts.values()]
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     out.print(facts_table)
     headings = ("format", "device", "backend", "runs", "does not run")
     out.print(show.table("backends", headings, map(_cells, rows)))
+    for backend, reason in absent().items():
+        out.print(f"no backend {backend!r} here: {reason}", markup=False)
     out.print(dispatch_order(), markup=False)
     return 0
 
@@ -141,6 +143,14 @@ def backends() -> list[dict[str, Any]]:
             for backend in dispatch.backends(format, device):
                 rows.append(_row(format, device, backend))
     return rows
+
+
+def absent() -> dict[str, str]:
+    """The backends that no format has on this machine's devices, and why."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    present = {name for format in FORMATS for device in devices for name in dispatch.backends(format, device)}
+    gpu = _ext.why_not_cuda() or "this release has no kernels for it"
+    return {name: gpu for name in dispatch.BACKENDS if name not in present}
 
 
 def _row(format: str, device: str, backend: str) -> dict[str, Any]:
