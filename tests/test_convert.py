@@ -813,7 +813,8 @@ def image_model(**options: Any) -> nn.Sequential:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"stride": 2, "padding": 1}, {"padding": "same", "bias": False}, {"dilation": 2, "padding": (1, 2)},
+        {}, {"stride": 2, "padding": 1}, {"padding": "same", "bias": False},
+        {"dilation": 2, "padding": (1, 2)},
         {"groups": 4}, {"groups": 8, "padding": 1, "padding_mode": "reflect"},
     ],
 )  # fmt: skip

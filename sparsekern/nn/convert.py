@@ -342,8 +342,9 @@ def verify(site: Site, trial: Trial, calls: list[Seen], tolerance: float | None 
     """The largest ||sparse - dense|| / ||dense|| over the calls, dense in float64.
 
     Of a Linear's tokens at most VERIFIED are compared, spread evenly; not where dense gives NaN or infinity,
-    because a removed weight does not meet the infinities of x. A candidate that prunes is held against its own
-    pruned weight. Raises RuntimeError beyond the tolerance of the norm; one entry may be ten times as far off.
+    because a removed weight does not meet the infinities of x. A candidate that prunes is held against its
+    own pruned weight. Raises RuntimeError beyond the tolerance of the norm; one entry may be ten times as
+    far.
     """
     from ..testing import TOLERANCE, assert_close, relative_error
 
