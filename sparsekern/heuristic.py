@@ -1,9 +1,9 @@
 """What to expect without a measurement: a pure function of (device, format, op, M, N, K, dtype, density).
 
-A roofline of two lines for each side: the time of a call is the larger of what its bytes and what its
-arithmetic take, plus a fixed cost. Few tokens are bound by bytes (decode), many by arithmetic (prefill);
-where the lines cross, M decides as much as the weight does. The constants are one core's, measured; only
-their ratios matter, because cores scale both sides.
+A call takes a fixed cost, its bytes and its arithmetic, on either side. Few tokens are mostly bytes
+(decode), many mostly arithmetic (prefill), so M decides as much as the weight does. The constants are one
+core's, measured on an AMX machine with 2048 x 2048 weights and scaled to the other instruction sets by
+their dense rates; only ratios matter, because cores scale both sides.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ class Expected(NamedTuple):
 
 # Dense GFLOP/s of a core as torch reaches them, by instruction set: float32, bfloat16, float16.
 _DENSE = {
-    "amx": (120.0, 700.0, 200.0),
-    "avx512_bf16": (110.0, 200.0, 90.0),
-    "avx512": (100.0, 90.0, 90.0),
-    "avx2": (60.0, 30.0, 30.0),
-    "portable": (40.0, 15.0, 15.0),
+    "amx": (165.0, 850.0, 250.0),
+    "avx512_bf16": (160.0, 250.0, 120.0),
+    "avx512": (160.0, 100.0, 100.0),
+    "avx2": (80.0, 40.0, 40.0),
+    "portable": (60.0, 30.0, 30.0),
 }
-_GBS = 12.0  # bytes a nanosecond of a core
+_DENSE_GBS = {
+    4: 28.0,
+    2: 12.0,
+}  # bytes a nanosecond, by item size: torch's 16-bit GEMV is slow
+_SPARSE_GBS = 24.0
 _OVERHEAD_US = {"dense": 4.0, "sparse": 12.0}
-
-# Share of the dense float32 rate that a kernel reaches on the multiplications that it does.
-_EFFICIENCY = {"csr": 0.75, "bsr": 0.95, "sp24": 0.8, "bitmap": 0.8}
-_INDEX_BYTES = {
-    "csr": 2.0,
-    "bsr": 0.0,
-    "sp24": 0.25,
-    "bitmap": 0.0,
-}  # beside each value, as the kernels read them
+# Share of the dense float32 rate (bsr: of the type's own) that a kernel reaches on the multiplications it
+# does.
+_EFFICIENCY = {"csr": 0.6, "bsr": 0.9, "sp24": 0.57, "bitmap": 0.26}
+_INDEX_BYTES = {"csr": 4.0, "bsr": 0.0, "sp24": 0.25, "bitmap": 0.0}  # beside each stored value
+_PANEL_NS = 0.32  # to bring a byte of x or y into the order of the kernels and back
 
 
 def predict(
@@ -68,25 +68,11 @@ def predict(
         # The reference unpacks the weight before a dense product: never faster than that product.
         return Expected("ref", regime, 0.5)
     float32, own = _DENSE[isa][0], _DENSE[isa][column]
-    flops, item = 2e-3 * m * n * k, dtype.itemsize  # in GFLOP/s, flops / rate is microseconds
-    traffic = item * m * (n + k)
-    dense = max(flops / own, 1e-3 * (item * n * k + traffic) / _GBS)
-    stored = 0.5 if format == "sp24" else density
-    rate, work = _compute(format, stored, float32, own)
+    item, stored = dtype.itemsize, 0.5 if format == "sp24" else density
+    flops, size, tokens = 2e-3 * m * n * k, 1e-3 * n * k, 1e-3 * item * m * (n + k)  # over GFLOP/s, GB/s: us
+    dense = _OVERHEAD_US["dense"] + flops / own + item * size / _DENSE_GBS[item]
     index = _INDEX_BYTES[format] * stored + (0.125 if format == "bitmap" else 0.0)
-    sparse = max(work * flops / rate, 1e-3 * ((stored * item + index) * n * k + traffic) / _GBS)
-    total = (dense + _OVERHEAD_US["dense"]) / (sparse + _OVERHEAD_US["sparse"])
-    return Expected("host", regime, total)
-
-
-def _compute(format: str, stored: float, float32: float, own: float) -> tuple[float, float]:
-    """GFLOP/s of a kernel, and the share of the dense multiplications that it does.
-
-    bsr runs on the type's own units; where those are far ahead of float32 (AMX), sp24 and bitmap are
-    expanded for them and multiply densely; the others widen to float32.
-    """
-    if format == "bsr":
-        return _EFFICIENCY[format] * own, stored
-    if format in ("sp24", "bitmap") and own > 2 * float32:
-        return 0.9 * own, 1.0
-    return _EFFICIENCY[format] * float32, stored
+    rate = _EFFICIENCY[format] * (own if format == "bsr" else float32)
+    panels = tokens * _PANEL_NS * (0.3 if format == "bsr" and item == 2 else 1.0)
+    read = (stored * item + index) * size / _SPARSE_GBS
+    return Expected("host", regime, dense / (_OVERHEAD_US["sparse"] + stored * flops / rate + read + panels))

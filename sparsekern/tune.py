@@ -315,11 +315,21 @@ def backend_for(op: str, layout: Any, x: torch.Tensor, names: tuple[str, ...]) -
     key = (*place, torch.get_num_threads())
     if key not in _chosen:
         dtype = str(x.dtype).removeprefix("torch.")
-        case = Case(op, described(layout.format, layout.dims[2:]), "", dtype, m, n, k, layout.density, device)
+        case = Case(
+            op, described(layout.format, layout.dims[2:]), "", dtype, m, n, k, stored_share(layout), device
+        )
         known = {name: lookup(replace(case, backend=name)) for name in names}
         times = {name: record.sparse for name, record in known.items() if record is not None}
         _chosen[key] = min(times, key=lambda name: times[name]) if len(times) > 1 else None
     return _chosen[key]
+
+
+def stored_share(layout: Any) -> float:
+    """The share of the weights that a layout stores; of blocks, so that ragged edges do not count."""
+    if layout.format != "bsr":
+        return layout.density
+    rows, columns = layout.grid
+    return layout.values.shape[0] / (rows * columns) if rows * columns else 0.0
 
 
 def described(format: str, block: tuple[int, ...] = (), order: str | None = None) -> str:

@@ -203,6 +203,44 @@ def test_without_a_sample_the_default_counts_are_said(clock) -> None:
     assert [c.tokens for c in report["0"].calls] == [7]
 
 
+def test_of_equal_candidates_the_smallest_is_kept(clock) -> None:
+    clock({"sp24": 0.505, "csr": 0.5, "bitmap": 0.504})
+    report = sk.convert_(pruned(64, 32), sample=rand(8, 64), progress=False)
+    assert report["0"].format == "sp24"
+    assert report["0"].bytes_after == 32 * (64 // 2 * 4 + 64 // 8)
+
+
+def test_a_wrong_kernel_is_caught(clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wrong entry in one row of many: the model stays dense and the error says where."""
+    clock({"sp24": 0.5})
+    right = SparseLinear.forward
+
+    def wrong(self: SparseLinear, x: torch.Tensor) -> torch.Tensor:
+        out = right(self, x)
+        out[-1, 3] += 0.01
+        return out
+
+    monkeypatch.setattr(SparseLinear, "forward", wrong)
+    model = pruned(64, 32)
+    with pytest.raises(RuntimeError, match=r"0 as sp24 \(host\) differs .*worst at \(255, 3\)"):
+        sk.convert_(model, sample=rand(5000, 64), progress=False)
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite(value: float) -> None:
+    x = rand(4, 64)
+    x[2, 1] = value
+    model = pruned(64, 32)
+    with torch.no_grad():
+        model[0].weight[:, 1] = 0
+        model[0].weight[0, 1] = 1  # elsewhere 0 * inf is NaN dense and nothing sparse
+        model[0].weight[0, 2:4] = 0
+    report = sk.convert_(model, policy="always", sample=x)
+    assert report["0"].status == "converted"
+    assert report["0"].max_error < 1e-6
+
+
 def test_always_takes_the_first_that_fits_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "measure", lambda *a, **k: pytest.fail("timed"))
     model, x = pruned(64, 32), rand(8, 64)
@@ -775,7 +813,8 @@ def image_model(**options: Any) -> nn.Sequential:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"stride": 2, "padding": 1}, {"padding": "same", "bias": False}, {"dilation": 2, "padding": (1, 2)},
+        {}, {"stride": 2, "padding": 1}, {"padding": "same", "bias": False},
+        {"dilation": 2, "padding": (1, 2)},
         {"groups": 4}, {"groups": 8, "padding": 1, "padding_mode": "reflect"},
     ],
 )  # fmt: skip
@@ -804,7 +843,9 @@ def test_convolutions(format: str, options: dict[str, Any], layout: torch.memory
 
 
 def test_a_conv_s_violation_names_both_orders() -> None:
-    with pytest.raises(ValueError, match=r"0: not 2:4: crs: \d+ of 864 groups, first row 0.*; rsc: \d+ of 864"):
+    with pytest.raises(
+        ValueError, match=r"0: not 2:4: crs: \d+ of 864 groups, first row 0.*; rsc: \d+ of 864"
+    ):
         sk.convert_(image_model(), "sp24", policy="always")
     report = sk.convert_(image_model(), "sp24", policy="always", prune=True)
     assert report["0"].status == "converted"

@@ -27,12 +27,17 @@ BLOCKS = (16, 32, 64)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store a layer. `block` belongs to bsr, `order` to convolutions, `prune` to sp24."""
+    """One way to store a layer. `block` belongs to bsr, `order` to convolutions, `prune` to sp24.
+
+    `share` of the weights will be stored, in `nbytes` bytes; None where only packing can tell.
+    """
 
     format: str
     block: tuple[int, int] | None = None
     order: str | None = None
     prune: bool = False
+    share: float | None = None
+    nbytes: int | None = None
 
     def __str__(self) -> str:
         return described(self.format, self.block or (), self.order)
@@ -120,17 +125,23 @@ def candidates(
     wanted: list[Candidate] = []
     if format in ("auto", "sp24"):
         if fits is not None:
-            wanted.append(Candidate("sp24", order=fits.name if conv else None))
+            wanted.append(_plain("sp24", patterns, fits.name if conv else None))
         elif prune and (format == "sp24" or near(patterns)):
-            wanted.append(Candidate("sp24", order=nearest(patterns).name if conv else None, prune=True))
+            order = nearest(patterns).name if conv else None
+            wanted.append(_plain("sp24", patterns, order, prune=True))
     if format in ("auto", "bsr"):
         wanted += _block_candidates(patterns, format, block_size, conv)
     if format == "csr" or (format == "auto" and patterns.density <= CSR_DENSITY):
-        wanted.append(Candidate("csr"))
+        wanted.append(_plain("csr", patterns))
     low, high = BITMAP_DENSITY
     if format == "bitmap" or (format == "auto" and low <= patterns.density <= high):
-        wanted.append(Candidate("bitmap"))
+        wanted.append(_plain("bitmap", patterns))
     return wanted
+
+
+def _plain(format: str, patterns: Patterns, order: str | None = None, *, prune: bool = False) -> Candidate:
+    share = 0.5 if format == "sp24" else patterns.density
+    return Candidate(format, None, order, prune, share, patterns.nbytes(format, order=order))
 
 
 def _block_candidates(
@@ -144,7 +155,16 @@ def _block_candidates(
     best = best_blocks(patterns)
     if not best and format == "bsr":
         best = [(32, storable(patterns)[0])]
-    return [Candidate("bsr", (size, size), order.name if conv else None) for size, order in best]
+    return [
+        Candidate(
+            "bsr",
+            (size, size),
+            order.name if conv else None,
+            share=order.blocks[size],
+            nbytes=patterns.nbytes("bsr", size, order.name),
+        )
+        for size, order in best
+    ]
 
 
 def violation(patterns: Patterns) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,13 +25,22 @@ NOISE = 0.02  # a gain smaller than this is none, however quiet the machine
 
 @dataclass
 class Trial:
-    """A candidate built for one site: its modules, what they took, and what stands in its way."""
+    """A candidate for one site: the backend that runs it and what its calls take. Packed on first use."""
 
+    site: Site
     candidate: Candidate
-    module: SparseModule
     backend: str
-    calls: list[Call]
+    calls: list[Call] = field(default_factory=list)
     spread: float = 0.0
+
+    @cached_property
+    def module(self) -> SparseModule:
+        return self.candidate.build(self.site.dense[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weight."""
+        return self.module.nbytes if self.candidate.nbytes is None else self.candidate.nbytes
 
     def total(self, which: str) -> float:
         return sum(getattr(call, which) * call.count for call in self.calls)
@@ -70,29 +80,67 @@ def build(site: Site, candidate: Candidate, x: Tensor) -> tuple[Trial | None, st
     name, why = backend_of(module, x)
     if name == "ref":
         return None, f"{candidate} has no fast kernel here ({why})"
-    return Trial(candidate, module, name, []), ""
+    trial = Trial(site, candidate, name)
+    trial.module = module
+    return trial, ""
+
+
+def remembered(site: Site, wanted: Sequence[Candidate], seen: Sequence[Seen]) -> list[Trial]:
+    """A trial of every candidate from the cache alone, unpacked; none where one is not known in full."""
+    trials = []
+    for candidate in wanted:
+        names = dispatch.backends(candidate.format, seen[0].device.type)[:-1]
+        made = [t for name in names if _recall(t := Trial(site, candidate, name), seen)]
+        if not made:
+            return []
+        trials.append(min(made, key=lambda t: t.total("sparse_ms")))
+    return trials
+
+
+def _recall(trial: Trial, seen: Sequence[Seen]) -> bool:
+    """Fills in a trial's calls from the cache; False where one was never measured."""
+    for call in seen:
+        tokens = call.tokens(trial.site.conv)
+        record = None if trial.candidate.share is None else tune.lookup(case(trial, call))
+        if record is None or record.m != tokens:
+            return False
+        _note(trial, call, tokens, record)
+    return True
+
+
+def _note(trial: Trial, call: Seen, tokens: int, record: tune.Record) -> None:
+    trial.calls.append(Call(call.shape, tokens, call.count, 1e3 * record.dense, 1e3 * record.sparse))
+    trial.spread = max(trial.spread, record.spread)
 
 
 def measure(site: Site, trials: list[Trial], seen: Sequence[Seen], seconds: float) -> None:
     """Fills in the calls of every trial, from the cache where the very same case was measured before."""
     for call in seen:
         x, tokens = call.input(), call.tokens(site.conv)
-        cases = {id(t): case(site, t, call) for t in trials}
-        known = {key: tune.lookup(c) for key, c in cases.items()}
-        todo = [t for t in trials if (r := known[id(t)]) is None or r.m != tokens]
+        cases = [case(t, call) for t in trials]
+        known = [tune.lookup(c) for c in cases]
+        todo = {str(i): t for i, t in enumerate(trials) if (r := known[i]) is None or r.m != tokens}
+        records: dict[str, tune.Record] = {}
         if todo:
             with torch.no_grad(), call.context():
-                layer = site.dense[0]
-                variants = {str(i): _call(t.module, x) for i, t in enumerate(todo)}
-                records = tune.measure(_call(layer, x), variants, m=tokens, seconds=seconds)
-            for i, t in enumerate(todo):
-                known[id(t)] = records[str(i)]
-                tune.store(cases[id(t)], records[str(i)])
-        for t in trials:
-            record = known[id(t)]
-            assert record is not None
-            t.calls.append(Call(call.shape, tokens, call.count, 1e3 * record.dense, 1e3 * record.sparse))
-            t.spread = max(t.spread, record.spread)
+                variants = {i: _call(t.module, x) for i, t in todo.items()}
+                records = tune.measure(_call(site.dense[0], x), variants, m=tokens, seconds=seconds)
+        for i, t in enumerate(trials):
+            record = records.get(str(i)) or known[i]
+            if record is None:
+                raise RuntimeError(f"{site.names[0]}: {t.candidate} was not measured")
+            if str(i) in records:
+                tune.store(cases[i], record)
+            _note(t, call, tokens, record)
+
+
+def best_of(trials: Sequence[Trial], worst: bool) -> tuple[Trial, float]:
+    """The trial that gains most, and its gain; of those that gain as much within noise, the smallest."""
+    gains = {id(t): t.worst if worst else t.speedup for t in trials}
+    most = max(gains.values())
+    near = [t for t in trials if gains[id(t)] * (1 + max(NOISE, t.spread)) >= most]
+    best = min(near, key=lambda t: t.nbytes)
+    return best, gains[id(best)]
 
 
 def _call(module: nn.Module, x: Tensor) -> Callable[[], Any]:
@@ -100,29 +148,25 @@ def _call(module: nn.Module, x: Tensor) -> Callable[[], Any]:
     return lambda: module.forward(x)
 
 
-def case(site: Site, trial: Trial, seen: Seen) -> tune.Case:
+def case(trial: Trial, seen: Seen) -> tune.Case:
     """The name under which a measurement is kept."""
-    layer: Any = site.dense[0]
+    layer: Any = trial.site.dense[0]
     op = "mm"
-    if site.conv:
+    if trial.site.conv:
         geometry = (tuple(layer.weight.shape), layer.stride, layer.padding, layer.dilation, layer.groups)
         op = f"conv2d {geometry} {layer.padding_mode} {seen.shape} {seen.stride}".replace("'", "")
-    if layer.bias is not None:
-        op += " bias"
     if seen.autocast is not None:
         op += f" autocast {seen.autocast}"
-    n, k = trial.module.packed.shape
-    dtype = str(seen.dtype).removeprefix("torch.")
-    density = trial.module.density
+    share = trial.candidate.share
     return tune.Case(
         op,
         str(trial.candidate),
         trial.backend,
-        dtype,
-        seen.tokens(site.conv),
-        n,
-        k,
-        density,
+        str(seen.dtype).removeprefix("torch."),
+        seen.tokens(trial.site.conv),
+        layer.weight.shape[0],
+        layer.weight[0].numel(),
+        tune.stored_share(trial.module.packed) if share is None else share,
         str(seen.device),
     )
 
