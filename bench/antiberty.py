@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 import math
 from collections.abc import Callable
@@ -88,7 +89,7 @@ class Effort:
 
     tokens: tuple[int, ...] = (1, 16, 128, 512)
     chains: tuple[str, ...] = tuple(CHAINS)
-    seconds: float = 5.0  # a row of the latency table
+    seconds: float = 2.5  # a row of the latency table
 
 
 FULL = Effort()
@@ -108,8 +109,9 @@ def load() -> tuple[BertMLM, dict[str, int]]:
     with ANTIBERTY.open() as wheel:
         config = Config.from_json(json.loads(wheel.read(f"{FOLDER}AntiBERTy_md_smooth/config.json")))
         words = wheel.read(f"{FOLDER}vocab.txt").decode().split()
-        with wheel.open(f"{FOLDER}AntiBERTy_md_smooth/pytorch_model.bin") as file:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        # Read whole: torch.load seeks, and every seek in a compressed file starts over.
+        weights = io.BytesIO(wheel.read(f"{FOLDER}AntiBERTy_md_smooth/pytorch_model.bin"))
+        state = torch.load(weights, map_location="cpu", weights_only=True)
     if words[:RESIDUES] != ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] or len(words) != config.vocab_size:
         raise SystemExit(f"{ANTIBERTY.filename}: unexpected vocabulary {words}")
     return from_checkpoint(config, state), {word: i for i, word in enumerate(words)}
@@ -169,7 +171,8 @@ class Bench:
     ):
         self.study, self.effort, self.console, self.vocabulary = study, effort, console, vocabulary
         self.original = model
-        self.dense = {name: pruned(model, study).to(dtype) for name, dtype in r.DTYPES.items()}
+        zeroed = pruned(model, study)
+        self.dense = {name: copy.deepcopy(zeroed).to(dtype) for name, dtype in r.DTYPES.items()}
         self.always = {
             (name, fmt): self._convert(dense, format=fmt, policy="always", filter_fn=is_encoder)[0]
             for name, dense in self.dense.items()
@@ -179,7 +182,7 @@ class Bench:
 
     def _convert(self, dense: nn.Module, **options: Any) -> tuple[nn.Module, Any]:
         twin = copy.deepcopy(dense)
-        return twin, sk.convert_(twin, **options)
+        return twin, sk.convert_(twin, progress=False, **options)
 
     def measured(self, dtype: str, tokens: Tensor) -> tuple[nn.Module, Any]:
         model, report = self._convert(self.dense[dtype], policy="measured", sample=tokens)
@@ -220,30 +223,30 @@ class Bench:
 
     def latency(self) -> list[dict[str, Any]]:
         """Dense, always-sparse and measured conversion at every number of tokens, interleaved."""
-        rows = []
-        for count in self.effort.tokens:
-            tokens = sample(self.vocabulary, count)
-            for dtype in r.DTYPES:
-                chosen, report = self.measured(dtype, tokens)
-                models = {"dense": self.dense[dtype]}
-                models |= {f"always {fmt}": self.always[dtype, fmt] for fmt in self.study.formats}
-                models["measured"] = chosen
-                errors = {
-                    name: self.check(model, dtype, f"{dtype} {name}, {count} tokens", tokens)
-                    for name, model in models.items()
-                    if name != "dense"
-                }
-                times = self._time(models, tokens)
-                rows.append(
-                    {"tokens": count, "dtype": dtype, "times": times, "errors": errors, "report": report}
-                )
-                self.console.print(f"[dim]{count} tokens, {dtype}: measured[/dim]")
-        return rows
+        cases = [(count, dtype) for count in self.effort.tokens for dtype in r.DTYPES]
+        with r.progress(self.console, "converting and timing", len(cases)) as step:
+            return [self._case(count, dtype, step) for count, dtype in cases]
+
+    def _case(self, count: int, dtype: str, step: Callable[[], Any]) -> dict[str, Any]:
+        """One row: converted for this number of tokens, checked, timed."""
+        tokens = sample(self.vocabulary, count)
+        chosen, report = self.measured(dtype, tokens)
+        models = {"dense": self.dense[dtype]}
+        models |= {f"always {fmt}": self.always[dtype, fmt] for fmt in self.study.formats}
+        models["measured"] = chosen
+        errors = {
+            name: self.check(model, dtype, f"{dtype} {name}, {count} tokens", tokens)
+            for name, model in models.items()
+            if name != "dense"
+        }
+        times = self._time(models, tokens)
+        step()
+        return {"tokens": count, "dtype": dtype, "times": times, "errors": errors, "report": report}
 
     @torch.no_grad()
     def _time(self, models: dict[str, nn.Module], tokens: Tensor) -> dict[str, Timing]:
         calls = {name: (lambda m=model: m(tokens)) for name, model in models.items()}
-        return measure(calls, repeats=200, seconds=self.effort.seconds)
+        return measure(calls, repeats=100, seconds=self.effort.seconds)
 
 
 def show_quality(rows: list[dict[str, Any]], study: Study, console: Console) -> None:
@@ -344,6 +347,7 @@ def main() -> None:
         "--output", type=Path, default=r.ROOT / "demo_output", help="folder for antiberty.json"
     )
     args = parser.parse_args()
+    r.measure_afresh()
     run(QUICK if args.quick else FULL, r.console(), args.output)
 
 

@@ -26,6 +26,7 @@ def main() -> None:
         "--output", type=Path, default=r.ROOT / "demo_output", help="folder for the JSON files"
     )
     args = parser.parse_args()
+    r.measure_afresh()
     began, console = time.monotonic(), r.console()
     m = r.machine()
     console.print(

@@ -56,7 +56,7 @@ class Effort:
     epochs: int = 4
     tuning_epochs: int = 1
     images: tuple[int, ...] = (1, 16, 128)
-    seconds: float = 4.0  # a row of the latency table
+    seconds: float = 2.5  # a row of the latency table
 
 
 FULL = Effort()
@@ -180,7 +180,7 @@ class Bench:
 
     def _convert(self, **options: Any) -> tuple[nn.Module, Any]:
         twin = copy.deepcopy(self.dense)
-        return twin, sk.convert_(twin, **options)
+        return twin, sk.convert_(twin, progress=False, **options)
 
     def quality(self) -> list[dict[str, Any]]:
         """Accuracy on the held-out digits; converted networks must answer as the pruned one."""
@@ -203,29 +203,30 @@ class Bench:
 
     def latency(self) -> list[dict[str, Any]]:
         """Dense, always-sparse and measured conversion at every batch size, interleaved in one process."""
-        rows = []
-        for count in self.effort.images:
-            images = self.digits.test[:count].contiguous(memory_format=torch.channels_last)
-            chosen, report = self._convert(policy="measured", sample=images)
-            self.reports.append({"images": count, "report": report.to_dict()})
-            models = {
-                "dense": self.dense,
-                **{f"always {fmt}": m for fmt, m in self.always.items()},
-                "measured": chosen,
-            }
-            with torch.no_grad():
-                expected = self.dense(images)
-                errors = {
-                    name: r.require_close(f"{name}, {count} images", model(images), expected, 1e-4)
-                    for name, model in models.items()
-                }
-                times = self._time(models, images)
-            rows.append({"images": count, "times": times, "errors": errors, "report": report})
-        return rows
+        with r.progress(self.console, "converting and timing", len(self.effort.images)) as step:
+            return [self._case(count, step) for count in self.effort.images]
+
+    @torch.no_grad()
+    def _case(self, count: int, step: Callable[[], Any]) -> dict[str, Any]:
+        """One row: converted for this number of images, checked, timed."""
+        images = self.digits.test[:count].contiguous(memory_format=torch.channels_last)
+        chosen, report = self._convert(policy="measured", sample=images)
+        self.reports.append({"images": count, "report": report.to_dict()})
+        models = {"dense": self.dense, **{f"always {fmt}": m for fmt, m in self.always.items()}}
+        models["measured"] = chosen
+        expected = self.dense(images)
+        errors = {
+            name: r.require_close(f"{name}, {count} images", model(images), expected, 1e-4)
+            for name, model in models.items()
+            if name != "dense"
+        }
+        times = self._time(models, images)
+        step()
+        return {"images": count, "times": times, "errors": errors, "report": report}
 
     def _time(self, models: dict[str, nn.Module], images: Tensor) -> dict[str, Timing]:
         calls = {name: (lambda m=model: m(images)) for name, model in models.items()}
-        return measure(calls, repeats=300, seconds=self.effort.seconds)
+        return measure(calls, repeats=200, seconds=self.effort.seconds)
 
 
 def show(rows: list[dict[str, Any]], quality: list[dict[str, Any]], study: Study, console: Console) -> None:
@@ -293,6 +294,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one epoch, two batch sizes, short timings")
     parser.add_argument("--output", type=Path, default=r.ROOT / "demo_output", help="folder for mnist.json")
     args = parser.parse_args()
+    r.measure_afresh()
     run(QUICK if args.quick else FULL, r.console(), args.output)
 
 

@@ -1,6 +1,4 @@
-"""What the real-model benches share: the machine's description, tables for a plain terminal, JSON, sizes,
-checks.
-"""
+"""What the real-model benches share: the machine's description, tables, JSON, sizes, checks."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from sparsekern import _ext
+from sparsekern import _ext, tune
 from sparsekern.nn.report import Report
 from sparsekern.testing import Timing, relative_error
 
@@ -34,7 +32,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def console() -> Console:
     """A terminal's own width; in a file or a pipe wide enough for every table."""
     found = Console()
-    return found if found.is_terminal else Console(width=120)
+    return found if found.is_terminal else Console(width=160)
+
+
+def measure_afresh() -> None:
+    """Later conversions use no measurement of an earlier run; SPARSEKERN_CACHE, where set, is respected."""
+    if "SPARSEKERN_CACHE" not in os.environ:
+        os.environ["SPARSEKERN_CACHE"] = str(ROOT / ".cache" / "tune")
+        tune.clear()
 
 
 def machine() -> dict[str, Any]:
