@@ -48,3 +48,15 @@ def why_not_cuda() -> str | None:
         return "torch sees no CUDA device"
     module, reason = _load("_cuda")
     return None if module is not None else f"the compiled GPU module is missing: {reason}"
+
+
+def unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] with unit stride along its rows, which may lie any distance apart: what every kernel takes."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def known_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias as the kernels read it: contiguous, of a type that they know."""
+    if bias is None or (bias.dtype in DTYPES and bias.stride(0) == 1):
+        return bias
+    return (bias if bias.dtype in DTYPES else bias.float()).contiguous()

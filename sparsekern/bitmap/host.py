@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ext import ACTIVATIONS, DTYPES, host, why_not_host
+from .. import _rows
+from .._ext import ACTIVATIONS, DTYPES, host, known_bias, unit_rows, why_not_host
+from .._plan import plan
 from .layout import Bitmap
 
 
@@ -15,24 +17,18 @@ def why_not(op: str, layout: Bitmap, x: Tensor) -> str | None:
         return f"{str(layout.values.dtype).removeprefix('torch.')} is not supported by the host kernels"
     if x.dtype != layout.values.dtype:
         return f"activations of {str(x.dtype).removeprefix('torch.')} need values of the same type"
-    if op != "mm":
-        return f"{op} is not built yet"
+    if op != "mm" and layout.values.numel() >= 2**31:
+        return "2^31 nonzeros or more do not fit the int32 row starts of this product"
     return why_not_host()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with unit stride along its rows; the rows themselves may lie any distance apart."""
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
     n, k = layout.shape
     m = x.shape[0]
-    x = _rows(x)
+    x = unit_rows(x)
     y = x.new_empty((m, n))
-    if bias is not None:
-        bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+    bias = known_bias(bias)
     host().bitmap_mm(
         layout.values.data_ptr(),
         layout.bits.data_ptr(),
@@ -51,3 +47,27 @@ def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tenso
         torch.get_num_threads(),
     )
     return y
+
+
+def _rows_of(layout: Bitmap) -> _rows.Rows:
+    """The same weight with explicit columns, derived once."""
+    n, k = layout.shape
+
+    def make() -> tuple[Tensor, Tensor]:
+        col = torch.empty(layout.values.shape, dtype=torch.int32)
+        bits, offsets = layout.bits.data_ptr(), layout.offsets.data_ptr()
+        host().bitmap_columns(bits, offsets, n, k, col.data_ptr(), torch.get_num_threads())
+        return layout.offsets.to(torch.int32), col
+
+    crow, col = plan(layout.bits, ("bitmap.rows", n, k), make)
+    return _rows.Rows(layout.values, crow, col, layout.shape)
+
+
+def mm_t(layout: Bitmap, dy: Tensor) -> Tensor:
+    """dX = dY W: dy [M, N] -> [M, K]."""
+    return _rows.mm_t(_rows_of(layout), dy)
+
+
+def sddmm(layout: Bitmap, dy: Tensor, x: Tensor) -> Tensor:
+    """dW = dY^T X at the stored positions: dy [M, N], x [M, K] -> [nnz]."""
+    return _rows.sddmm(_rows_of(layout), dy, x)

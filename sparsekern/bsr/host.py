@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ext import ACTIVATIONS, DTYPES, host, why_not_host
+from .._ext import ACTIVATIONS, DTYPES, host, known_bias, unit_rows, why_not_host
 from .._plan import plan
 from .layout import Bsr
 
@@ -27,13 +27,9 @@ def why_not(op: str, layout: Bsr, x: Tensor) -> str | None:
     return why_not_host()
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
-
-
 def mm(layout: Bsr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
-    x = _rows(x)
+    x = unit_rows(x)
     m = x.shape[0]
     values, scale = layout.values, layout.scale
     (n, k), (r, c) = layout.shape, layout.block
@@ -42,8 +38,7 @@ def mm(layout: Bsr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         y, y_dtype = x.new_empty((m, n), dtype=torch.float32), 0
     else:
         y, y_dtype = x.new_empty((m, n)), dtype
-    if bias is not None and bias.stride(0) != 1:
-        bias = bias.contiguous()
+    bias = known_bias(bias)
     host().bsr_mm(
         values.data_ptr(),
         DTYPES[values.dtype],
@@ -82,7 +77,7 @@ def transpose_index(layout: Bsr) -> tuple[Tensor, Tensor, Tensor]:
 
 def mm_t(layout: Bsr, dy: Tensor) -> Tensor:
     """dX = dY W: dy [M, N] -> [M, K]."""
-    dy = _rows(dy)
+    dy = unit_rows(dy)
     m = dy.shape[0]
     values, scale = layout.values, layout.scale
     (n, k), (r, c) = layout.shape, layout.block
@@ -112,7 +107,7 @@ def mm_t(layout: Bsr, dy: Tensor) -> Tensor:
 
 def sddmm(layout: Bsr, dy: Tensor, x: Tensor) -> Tensor:
     """dW = dY^T X at the stored blocks: dy [M, N], x [M, K] -> like layout.values (zero beyond the edges of W)."""
-    dy, x = _rows(dy), _rows(x)
+    dy, x = unit_rows(dy), unit_rows(x)
     (n, k), (r, c) = layout.shape, layout.block
     dvalues = layout.values.new_empty(layout.values.shape)
     host().bsr_sddmm(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ext import ACTIVATIONS, DTYPES, host, why_not_host
+from .. import _rows
+from .._ext import ACTIVATIONS, DTYPES, host, known_bias, unit_rows, why_not_host
+from .._plan import plan
 from .layout import Sp24
 
 
@@ -17,14 +19,9 @@ def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
         return f"activations of {str(x.dtype).removeprefix('torch.')} are not supported by the host kernels"
     if layout.values.dtype == torch.int8 and op != "mm":
         return "int8 values have no host kernel but mm"
-    if op != "mm":
-        return f"{op} is not built yet"
+    if op != "mm" and x.dtype != layout.values.dtype:
+        return f"values are {layout.values.dtype}, activations {x.dtype}; they must agree"
     return why_not_host()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with unit stride along its rows; the rows themselves may lie any distance apart."""
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def mm(layout: Sp24, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -32,10 +29,9 @@ def mm(layout: Sp24, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     n, k = layout.shape
     m = x.shape[0]
     values, scale = layout.values, layout.scale
-    x = _rows(x)
+    x = unit_rows(x)
     y = x.new_empty((m, n), dtype=torch.float32 if x.dtype == torch.int8 else x.dtype)
-    if bias is not None:
-        bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+    bias = known_bias(bias)
     host().sp24_mm(
         values.data_ptr(),
         layout.meta.data_ptr(),
@@ -56,3 +52,39 @@ def mm(layout: Sp24, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         torch.get_num_threads(),
     )
     return y
+
+
+def _topology(layout: Sp24) -> tuple[Tensor, Tensor, Tensor | None]:
+    """crow and col of the values as rows, and which values those are where K is ragged (None: all of them).
+
+    Padding is left out: its columns lie beyond K.
+    """
+    (n, k), stored = layout.shape, layout.values.shape[1]
+
+    def make() -> tuple[Tensor, Tensor, Tensor | None]:
+        col = torch.empty((n, stored), dtype=torch.int32)
+        host().sp24_columns(layout.meta.data_ptr(), n, k, col.data_ptr(), torch.get_num_threads())
+        if 2 * stored == k:
+            return torch.arange(n + 1, dtype=torch.int32) * stored, col.flatten(), None
+        inside = col < k
+        crow = torch.zeros(n + 1, dtype=torch.int32)
+        torch.cumsum(inside.sum(1), 0, out=crow[1:])
+        return crow, col[inside], inside.flatten().nonzero().flatten()
+
+    return plan(layout.meta, ("sp24.rows", n, k), make)
+
+
+def mm_t(layout: Sp24, dy: Tensor) -> Tensor:
+    """dX = dY W: dy [M, N] -> [M, K]."""
+    crow, col, kept = _topology(layout)
+    values = layout.values.flatten() if kept is None else layout.values.flatten()[kept]
+    return _rows.mm_t(_rows.Rows(values, crow, col, layout.shape), dy)
+
+
+def sddmm(layout: Sp24, dy: Tensor, x: Tensor) -> Tensor:
+    """dW = dY^T X at the stored positions: dy [M, N], x [M, K] -> [N, Kp / 2], zero where padded."""
+    crow, col, kept = _topology(layout)
+    dvalues = _rows.sddmm(_rows.Rows(layout.values.flatten()[: len(col)], crow, col, layout.shape), dy, x)
+    if kept is not None:
+        dvalues = layout.values.new_zeros(layout.values.numel()).index_copy_(0, kept, dvalues)
+    return dvalues.reshape(layout.values.shape)
