@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from sparsekern._ext import DTYPES, host, why_not_host
-from sparsekern.csr import Csr
+from sparsekern.csr import Csr, pack
 
 if why_not_host() is not None:
     pytest.skip("the compiled CPU module is missing", allow_module_level=True)
@@ -13,7 +14,7 @@ if why_not_host() is not None:
 from sparsekern.csr import host as csr
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 ISAS = [name for name in host().built_isas() if name in host().supported_isas()]
 ACTIVATIONS = {
     "none": lambda t: t,
@@ -51,15 +52,9 @@ def weight(n, k, sparsity, dtype=torch.float32, seed=0):
     return w.to(dtype)
 
 
-def strided(m, k, dtype, seed):
-    """Rows that are longer than k and do not begin at the allocation."""
-    return torch.randn(m, k + 5, generator=torch.Generator().manual_seed(seed))[:, 2 : k + 2].to(dtype)
-
-
 def view(m, k, dtype, seed):
-    wide = torch.empty(m, k + 5, dtype=dtype)
-    wide[:, 2 : k + 2] = strided(m, k, dtype, seed)
-    return wide[:, 2 : k + 2]
+    """[m, k] in rows that are longer than k and do not begin at the allocation."""
+    return torch.randn(m, k + 5, generator=torch.Generator().manual_seed(seed)).to(dtype)[:, 2 : k + 2]
 
 
 def error(got, want):
@@ -68,7 +63,7 @@ def error(got, want):
 
 
 def check_products(w, m, bias=True, activation="none", uses=1):
-    layout, dense, dtype = csr.pack(w), w.double(), w.dtype
+    layout, dense, dtype = pack(w), w.double(), w.dtype
     n, k = w.shape
     x, dy = view(m, k, dtype, 1), view(m, n, dtype, 2)
     b = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(dtype) if bias else None
@@ -107,8 +102,10 @@ def test_activations(isa, activation, m):
 
 def test_activation_tails(isa):
     """The epilogue far out, where 1 + erf and 1 + tanh cancel; infinities and NaN as torch has them."""
-    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, 1e30, float("inf"), float("-inf"), float("nan")])])
-    layout = csr.pack(torch.ones(1, 1))
+    x = torch.cat(
+        [torch.linspace(-12, 12, 4001), torch.tensor([0.0, 1e30, float("inf"), float("-inf"), float("nan")])]
+    )
+    layout = pack(torch.ones(1, 1))
     for name, function in ACTIVATIONS.items():
         got = csr.mm(layout, x[:, None], None, name)[:, 0]
         with torch.no_grad():
@@ -141,33 +138,33 @@ def test_threads_agree(m):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            layout = csr.pack(w)
+            layout = pack(w)
             results.append((csr.mm(layout, x, None, "none"), csr.mm_t(layout, dy), csr.sddmm(layout, dy, x)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
-    assert error(results[0][0], x.double() @ w.double().t()) < 2e-6
+    assert error(results[0][0], x.double() @ w.double().t()) < 5e-6
 
 
 def test_optimizer_step_is_seen():
     """The copy of the values in walking order is made on second use and follows the values' version."""
     w = weight(256, 1024, 0.5)
-    layout, x = csr.pack(w), torch.randn(128, 1024)
+    layout, x = pack(w), torch.randn(128, 1024)
     for step in range(3):
         for _ in range(3):
-            assert error(csr.mm(layout, x, None, "none"), x.double() @ (w.double() * 2**step).t()) < 2e-6
+            assert error(csr.mm(layout, x, None, "none"), x.double() @ (w.double() * 2**step).t()) < 5e-6
         layout.values.mul_(2)
 
 
 def test_topology_change_is_seen():
-    layout, x = csr.pack(weight(64, 1024, 0.5)), torch.randn(128, 1024)
+    layout, x = pack(weight(64, 1024, 0.5)), torch.randn(128, 1024)
     csr.mm(layout, x, None, "none"), csr.mm(layout, x, None, "none")
     layout.col.copy_(1023 - layout.col.flip(0))
     layout.crow.copy_(layout.crow[-1] - layout.crow.flip(0))
     for _ in range(3):
-        assert error(csr.mm(layout, x, None, "none"), x.double() @ layout.unpack().double().t()) < 2e-6
+        assert error(csr.mm(layout, x, None, "none"), x.double() @ layout.unpack().double().t()) < 5e-6
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int8], ids=str)
@@ -180,35 +177,36 @@ def test_pack(isa, dtype, shape):
     if dtype != torch.int8 and k > 3:
         wide[0, 1], wide[0, 2], wide[0, 3] = -0.0, float("nan"), float("inf")
     dense = wide[:, 1 : k + 1]
-    layout = csr.pack(dense)
+    layout = pack(dense)
     mask = dense != 0
     assert torch.equal(layout.crow, torch.cat([torch.zeros(1), mask.sum(1).cumsum(0)]).int())
     assert torch.equal(layout.col, mask.nonzero()[:, 1].int())
     assert torch.equal(layout.values.nan_to_num(7), dense[mask].nan_to_num(7))
-    back = csr.unpack(layout)
+    back = layout.to_dense()
     assert torch.equal(back.nan_to_num(7), torch.where(mask, dense, 0).nan_to_num(7))
 
 
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("m", [1, 4, 100])
 def test_int8_values_for_other_formats(isa, m, scale):
-    """The entry that formats with row-major int8 values call: scale per row, bias of another type, no plan given."""
+    """The entry as other formats with row-major values call it: scale per row, bias of another type, no plan."""
     n, k = 50, 300
     w = (torch.randn(n, k) * 40 * (torch.rand(n, k) > 0.5)).to(torch.int8)
-    layout, x, y = csr.pack(w), torch.randn(m, k), torch.full((m, n), float("nan"))
+    layout, x, y = pack(w), torch.randn(m, k), torch.full((m, n), float("nan"))
     scales, bias = torch.rand(n) if scale else None, torch.randn(n).bfloat16()
     host().csr_mm(
-        *(layout.values.data_ptr(), DTYPES[torch.int8], layout.crow.data_ptr(), layout.col.data_ptr(), n, k, 0, 0, 0),
+        *(layout.values.data_ptr(), DTYPES[torch.int8], layout.crow.data_ptr(), layout.col.data_ptr()),
+        *(n, k, 0, 0, 0),
         *(x.data_ptr(), 0, m, k, y.data_ptr(), n),
         *(0 if scales is None else scales.data_ptr(), bias.data_ptr(), DTYPES[torch.bfloat16], 0, 2),
     )
     want = x.double() @ w.double().t() * (1 if scales is None else scales.double()) + bias.double()
-    assert error(y, want) < 2e-6
+    assert error(y, want) < 5e-6
 
 
 def test_why_not():
     w, x = weight(8, 16, 0.5), torch.randn(2, 16)
-    layout = csr.pack(w)
+    layout = pack(w)
     assert csr.why_not("mm", layout, x) is None
     assert "float64" in csr.why_not("mm", layout, x.double())
     assert "must agree" in csr.why_not("mm", layout, x.half())

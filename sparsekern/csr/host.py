@@ -25,7 +25,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _index(layout: Csr, tokens: int) -> tuple[Tensor | None, int]:
-    """The tile index that a product with so many tokens walks (csrc/csr/host.h), and its tile's width; None: it walks rows."""
+    """The index that a product with so many tokens walks (csrc/csr/host.h), its tile width; None: none."""
     (n, k), crow, col = layout.shape, layout.crow, layout.col
     tile = host().csr_tile(tokens, n, k, col.shape[0])
     if tile == 0:
@@ -33,7 +33,9 @@ def _index(layout: Csr, tokens: int) -> tuple[Tensor | None, int]:
 
     def make() -> Tensor:
         index = torch.empty(host().csr_plan_bytes(n, k, col.shape[0], tile), dtype=torch.uint8)
-        host().csr_plan(crow.data_ptr(), col.data_ptr(), n, k, tile, index.data_ptr(), torch.get_num_threads())
+        host().csr_plan(
+            crow.data_ptr(), col.data_ptr(), n, k, tile, index.data_ptr(), torch.get_num_threads()
+        )
         return index
 
     return plan(col, ("csr.tiles", n, k, tile), make), tile
@@ -42,7 +44,7 @@ def _index(layout: Csr, tokens: int) -> tuple[Tensor | None, int]:
 class _Stream:
     """The values in the order in which an index is walked: a copy, made when the same values are used again.
 
-    Weights in training change between any two products and are read in place; weights that stay are worth a copy.
+    Weights in training change between any two products and are read in place; those that stay are worth a copy.
     """
 
     def __init__(self) -> None:
