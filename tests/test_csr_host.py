@@ -189,7 +189,7 @@ def test_pack(isa, dtype, shape):
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("m", [1, 4, 100])
 def test_int8_values_for_other_formats(isa, m, scale):
-    """The entry as other formats with row-major values call it: scale per row, bias of another type, no plan."""
+    """As other formats with row-major values call it: scale per row, bias of another type, no plan."""
     n, k = 50, 300
     w = (torch.randn(n, k) * 40 * (torch.rand(n, k) > 0.5)).to(torch.int8)
     layout, x, y = pack(w), torch.randn(m, k), torch.full((m, n), float("nan"))

@@ -44,7 +44,7 @@ def _index(layout: Csr, tokens: int) -> tuple[Tensor | None, int]:
 class _Stream:
     """The values in the order in which an index is walked: a copy, made when the same values are used again.
 
-    Weights in training change between any two products and are read in place; those that stay are worth a copy.
+    Weights in training change between any two products and are read in place; those that stay earn a copy.
     """
 
     def __init__(self) -> None:
