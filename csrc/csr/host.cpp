@@ -22,7 +22,8 @@ inline void narrow(const int32_t* col, int32_t first, int64_t count, uint8_t* ou
     const __m512i base = _mm512_set1_epi32(first);
     for (int64_t j = 0; j < count; j += 16) {
         const __mmask16 mask = __mmask16(count - j >= 16 ? 0xffff : (1u << (count - j)) - 1);
-        _mm512_mask_cvtepi32_storeu_epi8(out + j, mask, _mm512_sub_epi32(_mm512_maskz_loadu_epi32(mask, col + j), base));
+        const __m512i v = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(mask, col + j), base);
+        _mm512_mask_cvtepi32_storeu_epi8(out + j, mask, v);
     }
 #else
     for (int64_t j = 0; j < count; ++j) out[j] = uint8_t(col[j] - first);

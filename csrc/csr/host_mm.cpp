@@ -170,7 +170,8 @@ void stream(const CsrMm& a) {
                         const int64_t end = w.crow[n + 1], step = T == Dtype::f32 ? int64_t(1) << 31 : kPiece;
                         for (int64_t j = w.crow[n]; j < end; j += step) {
                             const int64_t count = std::min(step, end - j);
-                            accumulate<NV, NV <= 4 ? 8 / NV : 1>(acc, floats<T>(w.values, j, count, buffer), w.col + j, count, x);
+                            const float* values = floats<T>(w.values, j, count, buffer);
+                            accumulate<NV, NV <= 4 ? 8 / NV : 1>(acc, values, w.col + j, count, x);
                         }
                         float* out = c + (n - n0) % kRows * nt;
                         for (int v = 0; v < NV; ++v) vf_store(out + v * kLanes, acc[v]);

@@ -34,9 +34,13 @@ int64_t count_row(const typename Bits<T>::type* p, int64_t cols) {
     constexpr int kStep = 64 / int(sizeof(*p));
     for (; k + kStep <= cols; k += kStep) {
         const __m512i v = _mm512_loadu_si512(p + k);
-        if constexpr (T == Dtype::f32) n += __builtin_popcount(_mm512_test_epi32_mask(v, _mm512_set1_epi32(0x7fffffff)));
-        else if constexpr (T == Dtype::i8) n += __builtin_popcountll(_mm512_test_epi8_mask(v, v));
-        else n += __builtin_popcount(_mm512_test_epi16_mask(v, _mm512_set1_epi16(0x7fff)));
+        if constexpr (T == Dtype::f32) {
+            n += __builtin_popcount(_mm512_test_epi32_mask(v, _mm512_set1_epi32(0x7fffffff)));
+        } else if constexpr (T == Dtype::i8) {
+            n += __builtin_popcountll(_mm512_test_epi8_mask(v, v));
+        } else {
+            n += __builtin_popcount(_mm512_test_epi16_mask(v, _mm512_set1_epi16(0x7fff)));
+        }
     }
 #endif
     for (; k < cols; ++k) n += (p[k] & Bits<T>::value) != 0;
