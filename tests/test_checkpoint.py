@@ -314,6 +314,10 @@ def as_bitmask(prefix: str, w: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("spelling", ["fc.", "fc.weight."])
 @pytest.mark.parametrize("k", [32, 20, 4])
 def test_sparse_24_bitmask_is_read(tmp_path: Path, dtype: torch.dtype, spelling: str, k: int) -> None:
+    w = random_weight("sp24", 12, k, dtype=dtype)  # two nonzeros in every group: only one way to store it
+    save_file({**as_24(spelling, w), "fc.bias": torch.ones(12)}, tmp_path / "m.safetensors")
+    packed = checkpoint.load(tmp_path / "m.safetensors")["fc.weight"].packed
+    assert torch.equal(packed.meta, sk.to_sparse_semi_structured(w).packed.meta)
     w = random_weight("sp24", 12, k, dtype=dtype, density=0.4)
     save_file({**as_24(spelling, w), "fc.bias": torch.ones(12)}, tmp_path / "m.safetensors")
     read = checkpoint.load(tmp_path / "m.safetensors")
@@ -408,6 +412,7 @@ def test_masks_of_others(tmp_path: Path) -> None:
         "e.weight",
         "loose_mask",
     }
+    assert list(read)[-3:] == ["d.weight", "e.weight", "loose_mask"]  # in the file's order
     sources = {"a": "torch.nn.utils.prune", "b": "torch.ao.pruning", "c": "apex ASP", "d": "ModelOpt"}
     for name, source in sources.items():
         weight = read[f"{name}.weight"]

@@ -100,10 +100,13 @@ def test_info_says_what_the_dispatcher_says(capsys: pytest.CaptureFixture[str]) 
         for dtype in (torch.float32, torch.bfloat16):
             layout = info._sample(format, dtype, "cpu")
             assert layout is not None
-            for backend, reason in dispatch.explain("mm", layout, torch.zeros(16, 64, dtype=dtype)).items():
-                if (format, backend) in rows:
-                    runs = rows[format, backend]["runs"].get("mm", [])
-                    assert (str(dtype).removeprefix("torch.") in runs) == (reason is None), (format, backend)
+            x = torch.zeros(16, 64, dtype=dtype)
+            for op in ("mm", "mm_t", "sddmm"):
+                for backend, reason in dispatch.explain(op, layout, x).items():
+                    if (format, backend) in rows:
+                        runs = rows[format, backend]["runs"].get(op, [])
+                        name = str(dtype).removeprefix("torch.")
+                        assert (name in runs) == (reason is None), (format, backend, op)
 
 
 def test_info_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
