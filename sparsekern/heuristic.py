@@ -33,10 +33,8 @@ _DENSE = {
     "avx2": (80.0, 40.0, 40.0),
     "portable": (60.0, 30.0, 30.0),
 }
-_DENSE_GBS = {
-    4: 28.0,
-    2: 12.0,
-}  # bytes a nanosecond, by item size: torch's 16-bit GEMV is slow
+# Bytes a nanosecond, dense by item size: torch's 16-bit GEMV is slow.
+_DENSE_GBS = {4: 28.0, 2: 12.0}
 _SPARSE_GBS = 24.0
 _OVERHEAD_US = {"dense": 4.0, "sparse": 12.0}
 # Share of the dense float32 rate (bsr: of the type's own) that a kernel reaches on the multiplications it

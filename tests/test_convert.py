@@ -165,6 +165,7 @@ def test_dense_stays_where_it_wins(clock) -> None:
         (0.99, 0.0, 1.0, False),  # within 2 %: no gain
         (0.95, 0.0, 1.0, True),
         (0.95, 0.05, 1.0, False),  # a noisy 5 % is none either
+        (0.7, 9.0, 1.0, True),  # but no noise asks for more than a quarter
         (0.7, 0.0, 1.5, False),
         (0.6, 0.0, 1.5, True),
         (1.1, 0.0, 0.5, True),  # to save memory

@@ -237,6 +237,27 @@ def test_measure_orders_what_differs_clearly() -> None:
     assert all(r.m == 7 and r.dense > 0 and r.spread >= 0 for r in records.values())
 
 
+def test_an_unsteady_run_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsekern import testing
+
+    given: list[float] = []
+
+    def noisy(variants: dict, repeats: int, warmup: int, seconds: float) -> dict:
+        given.append(seconds)
+        width = {0.1: 8.0, 0.2: 2.0, 0.4: 5.0}[seconds] if noise else 0.01
+        return {name: testing.Timing(1.0, 1.0 - width / 10, 1.0 + width, 9) for name in variants}
+
+    monkeypatch.setattr(testing, "measure", noisy)
+    noise = True
+    record = tune.measure(lambda: None, {"a": lambda: None}, seconds=0.1)["a"]
+    assert given == [0.1, 0.2, 0.4]
+    steadiest = 1.2533 * 2.2 / 1.6832 / 3 * 2**0.5
+    assert record.spread == pytest.approx(steadiest)
+    noise = False
+    tune.measure(lambda: None, {"a": lambda: None}, seconds=0.1)
+    assert given == [0.1, 0.2, 0.4, 0.1]
+
+
 def test_measure_has_no_gradients() -> None:
     modes: list[bool] = []
     tune.measure(lambda: modes.append(torch.is_grad_enabled()), {"a": lambda: None}, seconds=0.001)

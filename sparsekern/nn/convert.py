@@ -21,7 +21,7 @@ from . import candidates as ways
 from .base import SparseModule
 from .candidates import Candidate
 from .capture import DEFAULT_SIDE, DEFAULT_TOKENS, Seen, capture, default_calls, inference, run
-from .decide import NOISE, Trial, backend_of, best_of, build, expected, measure, remembered
+from .decide import MOST_NOISE, NOISE, Trial, backend_of, best_of, build, expected, measure, remembered
 from .report import CONVERTED, DENSE, Report, Row
 from .survey import Filter, Site, survey
 from .swap import adopt, replace_, restore
@@ -60,7 +60,7 @@ def convert_(
     28 image. filter_fn(module, name): only layers for which it is true.
     prune: allow weights to be changed: sp24 prunes every weight to 2:4 by magnitude, "auto" those that are
     nearly so.
-    min_speedup: what sparse must reach over dense, beyond the noise of its measurement (at least 2 %).
+    min_speedup: what sparse must reach over dense, beyond the noise of its measurement (2 to 25 %).
     decide: over "total" time of the sample's calls, or at the "worst" of its shapes.
     tolerance: largest relative error of a converted layer against the dense one in higher precision
     (default by type).
@@ -293,11 +293,13 @@ def _measured(
     if trials:
         best, gain = best_of(trials, worst)
         row.calls, row.backend = best.calls, best.backend
-        needed = settings["min_speedup"] * (1 + max(NOISE, 2 * best.spread))
+        needed = settings["min_speedup"] * (1 + min(MOST_NOISE, max(NOISE, 2 * best.spread)))
         if gain >= needed:
             return best
         where = " at its worst shape" if worst else ""
-        verdict = "dense is faster" if gain < 1 else f"not beyond the {needed:.2f}x asked for"
+        verdict = (
+            "dense is faster" if gain < 1 else f"not beyond the {needed:.2f}x asked for (noise included)"
+        )
         row.reason = f"{verdict}: best candidate {best.candidate} at {gain:.2f}x{where}"
     _kept[site.modules[0]] = (signature, row)
     return None

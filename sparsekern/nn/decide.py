@@ -20,7 +20,7 @@ from .linear import SparseLinear
 from .report import Call
 from .survey import Site
 
-NOISE = 0.02  # a gain smaller than this is none, however quiet the machine
+NOISE, MOST_NOISE = 0.02, 0.25  # the least and the most that a gain must stand above its measurement's noise
 
 
 @dataclass
@@ -138,7 +138,7 @@ def best_of(trials: Sequence[Trial], worst: bool) -> tuple[Trial, float]:
     """The trial that gains most, and its gain; of those that gain as much within noise, the smallest."""
     gains = {id(t): t.worst if worst else t.speedup for t in trials}
     most = max(gains.values())
-    near = [t for t in trials if gains[id(t)] * (1 + max(NOISE, t.spread)) >= most]
+    near = [t for t in trials if gains[id(t)] * (1 + min(MOST_NOISE, max(NOISE, t.spread))) >= most]
     best = min(near, key=lambda t: t.nbytes)
     return best, gains[id(best)]
 
