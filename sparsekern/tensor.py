@@ -109,11 +109,15 @@ class SparseTensor(torch.Tensor):
         handler = _FUNCTIONS.get(func)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
+        # Not super(): that would turn every dense result (the gradient of x, say) into a SparseTensor.
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = _DISPATCH.get(func)
+        if handler is None and "_foreach_" in func._schema.name:
+            handler = _foreach
         if handler is None:
             raise NotImplementedError(
                 f"{func} is not supported on a SparseTensor of format {_first(args).format}; "
@@ -293,10 +297,46 @@ def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
             raise NotImplementedError(f"{func}: a SparseTensor and a dense tensor do not mix; use .to_dense()")
     if w.packed.scale is not None:
         raise NotImplementedError(f"{func}: int8 weights have no arithmetic; use .to_dense()")
-    out = func(*(a.packed.values if isinstance(a, SparseTensor) else a for a in args), **kwargs)
+    target = kwargs.get("out", args[0])
+    out = func(*map(_stored, args), **{name: _stored(a) for name, a in kwargs.items()})
     if func._schema.is_mutable:
-        return args[0]
+        return target
     return _wrap(w.packed.with_values(out), w.transposed)
+
+
+def _stored(a: Any) -> Any:
+    """The values of a SparseTensor, also inside a list; anything else as it is."""
+    if isinstance(a, (list, tuple)):
+        return [_stored(b) for b in a]
+    return a.packed.values if isinstance(a, SparseTensor) else a
+
+
+def _foreach(func: Any, args: Any, kwargs: Any) -> Any:
+    """Pointwise over lists, as the foreach variants of torch's optimizers call it; dense tensors may be among them."""
+    first, *lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+    for others in lists:
+        for a, b in zip(first, others, strict=True):
+            sparse = isinstance(a, SparseTensor), isinstance(b, SparseTensor)
+            if sparse[0] != sparse[1] and b.dim() > 0:
+                raise NotImplementedError(f"{func}: a SparseTensor and a dense tensor do not mix; use .to_dense()")
+            if all(sparse) and (a.transposed != b.transposed or not _same_topology(a.packed, b.packed)):
+                raise NotImplementedError(f"{func}: the SparseTensors differ in topology; use .to_dense()")
+    out = func(*map(_stored, args), **kwargs)
+    if func._schema.is_mutable or "_foreach_norm" in func._schema.name:
+        return out
+    return [
+        _wrap(a.packed.with_values(o), a.transposed) if isinstance(a, SparseTensor) else o
+        for a, o in zip(first, out, strict=True)
+    ]
+
+
+def _norm(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """The norm of all entries: zeros that are not stored add nothing to a norm of order >= 0."""
+    w, order, dim, *rest = (*args, *(2, None)[len(args) - 1 :])
+    if order < 0 or dim is not None:
+        raise NotImplementedError(f"{func} of order {order} over dim {dim} on a SparseTensor; use .to_dense()")
+    values = w.packed.values if w.packed.scale is None else w.packed.to_dense()
+    return func(values if values.numel() else values.new_zeros(1), order, None, *rest, **kwargs)
 
 
 def _like(func: Any, args: Any, kwargs: Any) -> Any:
@@ -310,7 +350,7 @@ _POINTWISE = [
     aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor, aten.mul.Tensor, aten.mul_.Tensor,
     aten.div.Tensor, aten.div_.Tensor, aten.neg.default, aten.abs.default, aten.sqrt.default, aten.sqrt_.default,
     aten.addcmul.default, aten.addcmul_.default, aten.addcdiv.default, aten.addcdiv_.default,
-    aten.lerp.Scalar, aten.lerp_.Scalar, aten.maximum.default, aten.copy_.default, aten.zero_.default,
+    aten.lerp.Scalar, aten.lerp_.Scalar, aten.maximum.default, aten.maximum.out, aten.copy_.default, aten.zero_.default,
     aten.fill_.Scalar, aten.mul.Scalar, aten.mul_.Scalar, aten.add.Scalar, aten.add_.Scalar, aten.sign.default,
     aten.clamp.default, aten.clamp_.default, aten.square.default, aten.pow.Tensor_Scalar, aten.reciprocal.default,
 ]  # fmt: skip
@@ -323,6 +363,8 @@ _DISPATCH: dict[Any, Callable[..., Any]] = {
     aten.zeros_like.default: _like,
     aten.ones_like.default: _like,
     aten.empty_like.default: _like,
+    aten.full_like.default: _like,
+    aten.linalg_vector_norm.default: _norm,
     aten.t.default: lambda func, args, kwargs: _wrap(args[0].packed, not args[0].transposed),
     **{op: _pointwise for op in _POINTWISE},
 }

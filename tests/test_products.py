@@ -244,35 +244,6 @@ def test_guard_bands(backend: Backend, case: Case, dtype: torch.dtype) -> None:
             guard.check()
 
 
-@param((*FOUR, Case("bsr", (32, 32))))
-@param(FLOATS, "dtype")
-@pytest.mark.parametrize("m", [1, 8, 65])
-def test_threads_agree_to_the_bit(backend: Backend, case: Case, dtype: torch.dtype, m: int) -> None:
-    """1, 2 and 3 threads, at sizes above the threshold from which work is split."""
-    n, k = (1537, 2050) if m == 1 else (770, 1026)
-    dense = case.dense(n, k, dtype, 0.5)
-    layout = case.pack(dense)
-    x, dy = random_dense(m, k, dtype=dtype, seed=1), random_dense(m, n, dtype=dtype, seed=2)
-    runs = [op for op, t in (("mm", x), ("mm_t", dy), ("sddmm", x)) if backend.runs(op, layout, t)]
-    if backend.name == "ref":
-        return  # torch's own matmul decides how it splits a sum
-    bias = random_dense(n, dtype=dtype, seed=3)
-    call = {
-        "mm": lambda: backend.mm(layout, x, bias, "gelu"),
-        "mm_t": lambda: backend.mm_t(layout, dy),
-        "sddmm": lambda: backend.sddmm(layout, dy, x),
-    }
-    for op in runs:
-        outs = []
-        for count in (1, 2, 3, 2):
-            with testing.threads(count), poisoned():
-                outs.append(call[op]())
-        for out in outs[1:]:
-            assert torch.equal(outs[0], out), op
-        if op == "mm":
-            assert_close(outs[0], reference_mm(dense, x, bias, "gelu"), dtype)
-
-
 @param(FOUR)
 @param(FLOATS, "dtype")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

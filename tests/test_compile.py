@@ -1,0 +1,176 @@
+"""torch.library, torch.compile, torch.export: every op and format, dynamic token counts, fresh processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+from cases import FOUR, QUANTISED, Case, param
+from torch import Tensor, nn
+
+import sparsekern as sk
+from sparsekern import testing
+from sparsekern._library import MM, MM_T, SDDMM
+from sparsekern.nn import SparseLinear
+from sparsekern.testing import assert_close, random_dense, reference_mm
+
+N, K = 20, 30
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def activations(m: int, width: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {
+        "contiguous": random_dense(m, width, dtype=dtype, seed=1),
+        "permuted": random_dense(width, m, dtype=dtype, seed=1).t(),
+        "sliced": random_dense(m, width + 5, dtype=dtype, seed=1)[:, 2 : 2 + width],
+        "empty": random_dense(0, width, dtype=dtype, seed=1),
+    }
+
+
+@param(FOUR)
+@pytest.mark.parametrize("strides", ["contiguous", "permuted", "sliced", "empty"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(case: Case, strides: str, dtype: torch.dtype) -> None:
+    """Schema, autograd, fake against real (shape, type, strides) and AOT dispatch, static and dynamic."""
+    format, values, index, scale, dims = case.pack(case.dense(N, K, dtype)).operand
+    x, dy = activations(5, K, dtype)[strides], activations(5, N, dtype)[strides]
+    weight = (values, list(index), scale, list(dims))
+    bias = random_dense(N, dtype=dtype)
+    torch.library.opcheck(MM[format], (*weight, x, bias, "gelu", None))
+    torch.library.opcheck(MM[format], (*weight, x, None, "none", "ref"))
+    torch.library.opcheck(MM_T[format], (*weight, dy, None))
+    torch.library.opcheck(SDDMM[format], (*weight, dy, x, None))
+
+
+@param(QUANTISED[:3])
+def test_opcheck_int8(case: Case) -> None:
+    format, values, index, scale, dims = case.pack(
+        case.dense(N, K, torch.int8), testing.random_scale(N)
+    ).operand
+    weight = (values, list(index), scale, list(dims))
+    for dtype in (torch.int8, torch.float32):
+        x = random_dense(5, K, dtype=dtype)
+        torch.library.opcheck(MM[format], (*weight, x, random_dense(N), "relu", None))
+
+
+@param(FOUR)
+def test_compile_functions(case: Case) -> None:
+    """linear and matmul on a SparseTensor, whole graphs, one graph for every number of tokens."""
+    dense = case.dense(N, K)
+    w = sk.SparseTensor(case.pack(dense))
+    bias = random_dense(N, seed=3)
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    linear = torch.compile(
+        lambda x: sk.linear(x, w, bias, "silu"), fullgraph=True, backend=frames, dynamic=True
+    )
+    for m in (5, 2, 33, 7):
+        x = random_dense(m, K, seed=m)
+        assert_close(linear(x), reference_mm(dense, x, bias, "silu"), torch.float32)
+    assert frames.frame_count == 1, "another number of tokens must not compile again"
+    products = torch.compile(
+        lambda x, y: (sk.matmul(y, w), w @ x.transpose(-1, -2), w.t() @ y.transpose(-1, -2)),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    x, y = random_dense(3, 4, K, seed=1), random_dense(3, 4, N, seed=2)
+    wide = dense.double()
+    right = (y.double() @ wide, wide @ x.double().mT, wide.t() @ y.double().mT)
+    for out, ref in zip(products(x, y), right, strict=True):
+        assert_close(out, ref, torch.float32)
+
+
+@param(FOUR)
+def test_compile_training_step(case: Case) -> None:
+    """Forward and backward of a small model in one graph each; gradients as in eager mode."""
+    torch.manual_seed(0)
+    first = SparseLinear.from_packed(case.pack(case.dense(N, K)), torch.zeros(N))
+    model = nn.Sequential(first, nn.ReLU(), nn.LayerNorm(N), nn.Linear(N, 3))
+    x = random_dense(2, 4, K, seed=1)
+    eager = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(
+        torch.autograd.grad(compiled(x).square().sum(), list(model.parameters())), eager, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_inductor() -> None:
+    """The default backend of torch.compile, forward and backward."""
+    case = Case("csr")
+    dense = case.dense(N, K)
+    module = SparseLinear.from_packed(case.pack(dense), torch.zeros(N))
+    model = torch.compile(nn.Sequential(module, nn.GELU()), fullgraph=True)
+    x = random_dense(6, K, seed=1).requires_grad_()
+    y = model(x)
+    assert_close(y, reference_mm(dense, x.detach(), None, "gelu"), torch.float32, tol=1e-5)
+    y.sum().backward()
+    x64 = x.detach().double().requires_grad_()
+    nn.functional.gelu(x64 @ dense.double().t()).sum().backward()
+    assert_close(x.grad, x64.grad, torch.float32, tol=1e-5)
+    assert module.values.grad is not None
+
+
+@param(FOUR)
+def test_export(case: Case) -> None:
+    """torch.export with a dynamic number of tokens, and the exported program against eager."""
+    dense = case.dense(N, K)
+    layer = SparseLinear.from_packed(case.pack(dense), random_dense(N, seed=3), "relu")
+    module = nn.Sequential(layer)  # not alone: sp24's buffer `meta` would meet GraphModule's own attribute
+    tokens = torch.export.Dim("tokens", min=2, max=512)
+    program = torch.export.export(module, (random_dense(4, K),), dynamic_shapes=({0: tokens},))
+    for m in (4, 9, 130):
+        x = random_dense(m, K, seed=m)
+        assert torch.equal(program.module()(x), module(x))
+    assert any(f"sparsekern.{case.format}_mm" in str(node.target) for node in program.graph.nodes)
+
+
+def test_export_saved(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    case = Case("sp24")
+    module = nn.Sequential(SparseLinear.from_packed(case.pack(case.dense(N, K)), random_dense(N, seed=3)))
+    x = random_dense(4, K)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "model.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), module(x))
+
+
+FIRST = """
+import torch, sparsekern as sk
+from sparsekern.nn import SparseLinear
+torch.set_num_threads(1)
+dense = torch.nn.Linear(32, 16)
+module = SparseLinear.from_dense(dense, format="{format}", **{options})
+x = torch.randn(5, 32)
+y = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+torch.testing.assert_close(y, dense(x))
+y.sum().backward()
+"""
+
+
+@pytest.mark.parametrize(("format", "options"), [("bsr", {"block_size": 4}), ("csr", {})])
+def test_compile_is_the_first_thing_a_process_does(format: str, options: dict[str, int]) -> None:
+    """Nothing may be loaded or built lazily in a way that a trace cannot survive."""
+    code = FIRST.format(format=format, options=options)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
+def test_warm_overhead(capsys: pytest.CaptureFixture[str]) -> None:
+    """Printed, not asserted: what Python costs on a warm call (run with -s)."""
+    lines = []
+    for case in FOUR:
+        module = SparseLinear.from_packed(case.pack(case.dense(16, 16)), torch.zeros(16))
+        x = random_dense(1, 16)
+        with torch.no_grad():
+            times = testing.measure(
+                {"layer": lambda: module(x), "dense": lambda: nn.functional.linear(x, x.expand(16, 16))},  # noqa: B023
+                repeats=300,
+            )
+        lines.append(f"{case}: SparseLinear {times['layer']}, F.linear {times['dense']}")
+    with capsys.disabled():
+        print("\nwarm call, 16 x 16, one token\n" + "\n".join(lines))
