@@ -152,7 +152,7 @@ void mm_groups(const Product& p, const MmShape& s, int64_t g0, int64_t g1, const
             const int64_t fit = kSegmentBytes / (rows * w.a_row), turns = ceil_div(tiles, step);
             const int64_t wanted = ma == 1 || turns == 1 ? 1 : ceil_div(w.blocks, fit < 1 ? 1 : fit);
             const int64_t segments = wanted < 1 ? 1 : wanted;
-            const int64_t distance = w.blocks * w.a_block, ahead = ceil_div(rows * w.a_row, 64 * turns);
+            const int64_t distance = w.blocks * w.a_block, ahead = turns == 1 ? 0 : ceil_div(rows * w.a_row, 64 * turns);
             const int64_t n0 = g * p.outs() + i * s.rows, real = least(rows, p.total_outs() - n0);
             for (int64_t segment = 0; segment < segments; ++segment) {
                 const int64_t j0 = w.blocks * segment / segments, j1 = w.blocks * (segment + 1) / segments;

@@ -106,11 +106,19 @@ inline Vf vf_load_as(const void* p) {
         for (int i = 0; i < kLanes; ++i) v[i] = f16_to_f32(static_cast<const uint16_t*>(p)[i]);
         return v;
 #endif
-    } else {
+    } else {  // int8; the compiler would convert lane by lane
+#if SK_LEVEL >= SK_AVX512
+        const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+        return (Vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif SK_LEVEL >= SK_AVX2
+        const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+        return (Vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
         typedef int8_t Vb __attribute__((vector_size(kLanes)));
         Vb b;
         __builtin_memcpy(&b, p, sizeof b);
         return __builtin_convertvector(b, Vf);
+#endif
     }
 }
 
