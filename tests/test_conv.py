@@ -19,7 +19,16 @@ from sparsekern.formats import FORMATS, layout_of
 from sparsekern.functional import conv2d
 from sparsekern.nn import SparseConv2d, WeightSparseConv2d, dense_state_dict
 from sparsekern.sp24.pack import prune_mask
-from sparsekern.testing import TOLERANCE, assert_close, generator, guarded, host_isa, poisoned, relative_error, threads
+from sparsekern.testing import (
+    TOLERANCE,
+    assert_close,
+    generator,
+    guarded,
+    host_isa,
+    poisoned,
+    relative_error,
+    threads,
+)
 
 COMPILED = _ext.why_not_host() is None
 ISAS = [i for i in _ext.host().built_isas() if i in _ext.host().supported_isas()] if COMPILED else []
@@ -27,7 +36,9 @@ BACKENDS = ["ref"] + (["host"] if COMPILED else [])
 LAST = torch.channels_last
 
 
-def pruned(shape: tuple[int, ...], order: str = "crs", density: float = 0.5, seed: int = 0, format: str = "csr") -> Tensor:
+def pruned(
+    shape: tuple[int, ...], order: str = "crs", density: float = 0.5, seed: int = 0, format: str = "csr"
+) -> Tensor:
     """A weight [O, C, kh, kw] with zeros that `format` can store in this K order."""
     made = torch.randn(*shape, generator=generator(seed))
     matrix = matrix_of(made, order)
@@ -52,7 +63,9 @@ def images(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False, 
     return x.to(memory_format=LAST) if last else x
 
 
-def check(weight: Tensor, x: Tensor, format: str, order: str, backend: str, bias: bool = True, **how: object) -> None:
+def check(
+    weight: Tensor, x: Tensor, format: str, order: str, backend: str, bias: bool = True, **how: object
+) -> None:
     """Forward and all gradients of one convolution against torch's dense one in float64."""
     dtype, packed = x.dtype, layout(weight, format, order).to(dtype=x.dtype)
     kernel = tuple(weight.shape[2:])
@@ -66,7 +79,15 @@ def check(weight: Tensor, x: Tensor, format: str, order: str, backend: str, bias
         relu = conv2d(x, packed, b, activation="relu", **call)
     assert_close(y, ref, dtype)
     assert_close(relu, ref.relu(), dtype)
-    assert y.is_contiguous(memory_format=LAST if x.is_contiguous(memory_format=LAST) and x.shape[1] > 1 else torch.contiguous_format) or y.shape[1] == 1 or y.shape[2:] == (1, 1)
+    assert (
+        y.is_contiguous(
+            memory_format=LAST
+            if x.is_contiguous(memory_format=LAST) and x.shape[1] > 1
+            else torch.contiguous_format
+        )
+        or y.shape[1] == 1
+        or y.shape[2:] == (1, 1)
+    )
 
     dy = torch.randn(ref.shape, generator=generator(7)).to(dtype)
     if x.is_contiguous(memory_format=LAST):
@@ -115,7 +136,9 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("case", GEOMETRIES, ids=lambda c: "k{}x{}c{}o{}g{}s{}p{}d{}i{}x{}".format(*c[0], *c[1:]))
+@pytest.mark.parametrize(
+    "case", GEOMETRIES, ids=lambda c: "k{}x{}c{}o{}g{}s{}p{}d{}i{}x{}".format(*c[0], *c[1:])
+)
 def test_geometries(case, last, backend):
     kernel, c, o, groups, stride, padding, dilation, h, w = case
     for order in ("crs", "rsc"):
@@ -128,16 +151,28 @@ def test_geometries(case, last, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_instruction_set(isa, dtype):
     with host_isa(isa):
-        for last, (c, o, kernel, stride) in itertools.product((False, True), [(16, 20, 3, 1), (20, 33, 3, 2), (70, 40, 1, 1), (9, 8, 5, 1)]):
+        for last, (c, o, kernel, stride) in itertools.product(
+            (False, True), [(16, 20, 3, 1), (20, 33, 3, 2), (70, 40, 1, 1), (9, 8, 5, 1)]
+        ):
             weight = pruned((o, c, kernel, kernel))
-            check(weight, images(3, c, 15, 13, dtype=dtype, last=last), "csr", "crs", "host", stride=stride, padding=kernel // 2)
+            check(
+                weight,
+                images(3, c, 15, 13, dtype=dtype, last=last),
+                "csr",
+                "crs",
+                "host",
+                stride=stride,
+                padding=kernel // 2,
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_formats(format, backend):
     for order, (o, c, kernel, groups), dtype in itertools.product(
-        ("crs", "rsc"), [(10, 12, 3, 1), (16, 8, 3, 2), (5, 3, 1, 1), (7, 7, 3, 1)], (torch.float32, torch.bfloat16)
+        ("crs", "rsc"),
+        [(10, 12, 3, 1), (16, 8, 3, 2), (5, 3, 1, 1), (7, 7, 3, 1)],
+        (torch.float32, torch.bfloat16),
     ):
         weight = pruned((o, c // groups, kernel, kernel), order, format=format)
         check(weight, images(2, c, 9, 8, dtype=dtype), format, order, backend, padding=1, groups=groups)
@@ -150,7 +185,15 @@ def test_threads_and_densities(count, density):
     with threads(count):
         check(pruned((64, 64, 3, 3), density=density), images(1, 64, 30, 30), "csr", "crs", "host", padding=1)
         check(pruned((48, 32, 3, 3), density=density), images(9, 32, 7, 7), "csr", "crs", "host", padding=1)
-        check(pruned((96, 1, 3, 3), density=density), images(4, 96, 33, 33), "csr", "crs", "host", padding=1, groups=96)
+        check(
+            pruned((96, 1, 3, 3), density=density),
+            images(4, 96, 33, 33),
+            "csr",
+            "crs",
+            "host",
+            padding=1,
+            groups=96,
+        )
 
 
 @pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
@@ -179,7 +222,9 @@ def test_gradcheck(format):
     b = images(4, dtype=torch.float64).requires_grad_()
 
     def call(x, values, b):
-        return conv2d(x, packed.with_values(values), b, stride=(2, 1), padding=1, kernel_size=(2, 3), activation="silu")
+        return conv2d(
+            x, packed.with_values(values), b, stride=(2, 1), padding=1, kernel_size=(2, 3), activation="silu"
+        )
 
     # Padded places of a block or group take no gradient, so only the others are free to move.
     live = packed.sample(torch.ones(packed.shape, dtype=torch.float64))
@@ -187,14 +232,16 @@ def test_gradcheck(format):
     assert torch.autograd.gradcheck(lambda x, v, b: call(x, v * live, b), (x, values, b))
 
 
-# Modules -------------------------------------------------------------------------------------------------------
+# Modules --------------------------------------------------------------------------------------------------
 
 
 def twin(format: str = "csr", order: str = "auto", **how: object) -> tuple[nn.Conv2d, SparseConv2d]:
     torch.manual_seed(0)
     dense = nn.Conv2d(8, 12, 3, **how)
     with torch.no_grad():
-        dense.weight.copy_(pruned(tuple(dense.weight.shape), "crs" if order == "auto" else order, format=format))
+        dense.weight.copy_(
+            pruned(tuple(dense.weight.shape), "crs" if order == "auto" else order, format=format)
+        )
     return dense, SparseConv2d.from_dense(dense, format=format, order=order, block_size=4)
 
 
@@ -273,7 +320,9 @@ def test_checkpoints(format):
     file = io.BytesIO()
     torch.save(sparse.state_dict(), file)
     file.seek(0)
-    other = SparseConv2d(8, 12, 3, format=format, block_size=4, density=1.0)  # order crs until it reads the file
+    other = SparseConv2d(
+        8, 12, 3, format=format, block_size=4, density=1.0
+    )  # order crs until it reads the file
     other.load_state_dict(torch.load(file, weights_only=True))
     assert other.order == "rsc"
     x = images(1, 8, 7, 7)
@@ -293,7 +342,9 @@ def test_checkpoints(format):
 def test_training_follows_the_dense_twin(format, optimizer):
     dense, sparse = twin(format, padding=1)
     sparse.bias = nn.Parameter(dense.bias.detach().clone())
-    mask = weight_of(sparse.packed.with_values(torch.ones_like(sparse.values)).to_dense(), (3, 3), sparse.order)
+    mask = weight_of(
+        sparse.packed.with_values(torch.ones_like(sparse.values)).to_dense(), (3, 3), sparse.order
+    )
     steps = [optimizer(m.parameters(), lr=0.01) for m in (dense, sparse)]
     for step in range(3):
         x = images(2, 8, 6, 6, seed=step)
@@ -362,7 +413,7 @@ def test_functional_conv2d_takes_a_sparse_weight():
     )
 
 
-# Refusals ------------------------------------------------------------------------------------------------------
+# Refusals -------------------------------------------------------------------------------------------------
 
 
 def test_inputs_of_sparse_activation_libraries_are_refused():
@@ -370,7 +421,7 @@ def test_inputs_of_sparse_activation_libraries_are_refused():
     _, sparse = twin()
     spconv_like = SimpleNamespace(features=torch.randn(5, 8), indices=torch.zeros(5, 3), spatial_shape=[4, 4])
     for bad in (spconv_like, [1, 2], None):
-        with pytest.raises(TypeError, match="weights are sparse and its activations dense.*spconv"):
+        with pytest.raises(TypeError, match=r"weights are sparse and its activations dense.*spconv"):
             sparse(bad)
     with pytest.raises(TypeError, match="activations dense"):
         sparse(sk.to_csr(torch.eye(4)))

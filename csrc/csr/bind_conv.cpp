@@ -49,9 +49,21 @@ sk::ConvTensor tensor(const Tensor& t) {
 using Stream = std::array<int64_t, 15>;
 sk::ConvStream stream(const Stream& s) {
     const auto index = [&](size_t i) { return at<const int32_t>(Address(s[i])); };
-    return {at<const void>(Address(s[0])), sk::Dtype(s[1]), s[2], index(3), index(4), index(5),
-            at<const uint16_t>(Address(s[6])), index(7), index(8), at<const void>(Address(s[9])), s[10] != 0,
-            s[11], s[12], s[13], s[14]};
+    return {at<const void>(Address(s[0])),
+            sk::Dtype(s[1]),
+            s[2],
+            index(3),
+            index(4),
+            index(5),
+            at<const uint16_t>(Address(s[6])),
+            index(7),
+            index(8),
+            at<const void>(Address(s[9])),
+            s[10] != 0,
+            s[11],
+            s[12],
+            s[13],
+            s[14]};
 }
 
 }  // namespace
@@ -70,12 +82,12 @@ void bind_conv(py::module_& m) {
               const py::gil_scoped_release release;
               table().backward_input(a);
           });
-    m.def("conv_backward_weight", [](const Geometry& g, const Tensor& dy, const Tensor& x, const Stream& w,
-                                     Address dvalues, int threads) {
-        const sk::ConvBackwardWeight a{geometry(g), tensor(dy), tensor(x), stream(w), at<void>(dvalues), threads};
-        const py::gil_scoped_release release;
-        table().backward_weight(a);
-    });
+    m.def("conv_backward_weight",
+          [](const Geometry& g, const Tensor& dy, const Tensor& x, const Stream& w, Address dvalues, int threads) {
+              const sk::ConvBackwardWeight a{geometry(g), tensor(dy), tensor(x), stream(w), at<void>(dvalues), threads};
+              const py::gil_scoped_release release;
+              table().backward_weight(a);
+          });
     m.def("conv_tile", [](int64_t rows, int64_t columns, int64_t k, int64_t stored, int64_t pixels) {
         return table().tile(rows, columns, k, stored, pixels);
     });
@@ -88,7 +100,8 @@ void bind_conv(py::module_& m) {
         const py::gil_scoped_release release;
         const auto run = [&]<class Entry>(Entry* out) {
             return sk::conv_blocks(at<const int32_t>(crow), at<const int32_t>(col), at<const int32_t>(gather), rows,
-                                   groups, tile, tiles, at<uint16_t>(counts), at<int32_t>(base), at<int32_t>(start), out);
+                                   groups, tile, tiles, at<uint16_t>(counts), at<int32_t>(base), at<int32_t>(start),
+                                   out);
         };
         return gather ? run(at<int32_t>(entries)) : run(at<uint8_t>(entries));
     });

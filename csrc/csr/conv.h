@@ -27,7 +27,8 @@ struct ConvTensor {
 };
 
 // Columns are cut in tiles of `tile`. A stream comes in one of two forms, or both:
-// - rows: place i holds the value values[gather ? gather[i] : i] of column col[i]; segment[t * rows + n] is where tile t
+// - rows: place i holds the value values[gather ? gather[i] : i] of column col[i]; segment[t * rows + n] is where tile
+// t
 //   of row n begins, for t up to the number of tiles included. The gradient of the weight reads this form, and so does
 //   everything where tile = 0: a single tile, read without packing (for weights with few rows or few stored values,
 //   depthwise ones above all);
@@ -56,8 +57,9 @@ struct ConvForward {
     int threads;
 };
 
-// dx = the transposed convolution of dy; `weight` is the transposed stream (conv_topology.h): its row (g, a, b, c) holds
-// channel c of group g for the taps that meet input positions of phase (a, b) of the stride, its column is (n, r, s).
+// dx = the transposed convolution of dy; `weight` is the transposed stream (conv_topology.h): its row (g, a, b, c)
+// holds channel c of group g for the taps that meet input positions of phase (a, b) of the stride, its column is (n, r,
+// s).
 struct ConvBackwardInput {
     ConvGeometry geometry;
     ConvTensor dy, dx;

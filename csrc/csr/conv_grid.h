@@ -17,10 +17,10 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct ConvGrid {
-    int64_t gh, gw;            // output positions of one image
-    int64_t step_h, step_w;    // row u of phase (a, b) holds source row u * step_h + a - pad_h
-    int64_t pad_h, pad_w;      // may be negative: cropped
-    int64_t halo_h, halo_w;    // the largest du and dv
+    int64_t gh, gw;             // output positions of one image
+    int64_t step_h, step_w;     // row u of phase (a, b) holds source row u * step_h + a - pad_h
+    int64_t pad_h, pad_w;       // may be negative: cropped
+    int64_t halo_h, halo_w;     // the largest du and dv
     int64_t image_rows, pitch;  // filled in by finish()
     int64_t phases;
     const int32_t* phase;  // a * step_w + b of each phase that a tap needs
@@ -154,7 +154,7 @@ inline void zero(float* p, int64_t count) {
 
 // The source line and columns that plane line `line` of a task holds.
 struct PlaneLine {
-    const char* data;  // of the first column present
+    const char* data;      // of the first column present
     int64_t first, count;  // plane columns [first, first + count) come from the source, the others are zero
 };
 inline PlaneLine plane_line(const ConvGrid& g, const ConvTensor& x, const ConvTask& t, int64_t line, int64_t phase) {
@@ -229,8 +229,9 @@ void pack_pixels(const char* data, int64_t stride_c, int64_t channels, int64_t l
         const char* p = data + k * stride_c * size_of(T);
         for (int u = 0; u < vectors; ++u, p += kLanes * size_of(T)) {
             const int64_t count = left - u * kLanes;
-            vf_store(panel + u * kLanes,
-                     count >= kLanes ? vf_load_as<T>(p) : count > 0 ? load_part<T>(p, int(count)) : Vf{});
+            vf_store(panel + u * kLanes, count >= kLanes ? vf_load_as<T>(p)
+                                         : count > 0     ? load_part<T>(p, int(count))
+                                                         : Vf{});
         }
     }
 }
@@ -276,8 +277,8 @@ void write_strip(const float* acc, int vectors, int64_t rows, const Piece* piece
         return;
     }
     for (int64_t n = 0; n < rows; ++n, acc += width, y += stride_n * size_of(T)) {
-        const Vf bias = e.bias ? vf_set(dispatch_float(e.bias_dtype, [&]<Dtype B>() { return load_as<B>(e.bias, n); }))
-                               : Vf{};
+        const Vf bias =
+            e.bias ? vf_set(dispatch_float(e.bias_dtype, [&]<Dtype B>() { return load_as<B>(e.bias, n); })) : Vf{};
         for (int64_t i = 0; i < count; ++i) {
             const float* in = acc + pieces[i].at;
             char* out = y + pieces[i].offset * size_of(T);

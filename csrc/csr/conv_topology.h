@@ -68,8 +68,7 @@ int64_t conv_blocks(const int32_t* crow, const int32_t* col, const int32_t* gath
 // n within the group; ascending. crow_t has groups * stride_h * stride_w * (channels / groups) + 1 elements. gather_t
 // holds positions in `values`. Stored places beyond K (zeros by contract) are left out; returns how many remain.
 inline int64_t conv_transpose(const ConvGeometry& g, int64_t channels, const int32_t* crow, const int32_t* col,
-                              const int32_t* gather, int64_t rows, int32_t* crow_t, int32_t* col_t,
-                              int32_t* gather_t) {
+                              const int32_t* gather, int64_t rows, int32_t* crow_t, int32_t* col_t, int32_t* gather_t) {
     const int64_t per_group = channels / g.groups, group_rows = rows / g.groups, area = g.kh * g.kw;
     const int64_t phases = g.stride_h * g.stride_w, rows_t = g.groups * phases * per_group;
     struct Place {

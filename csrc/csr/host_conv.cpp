@@ -148,9 +148,8 @@ struct TaskInput {
             planes = scratch_of<float>(kPlanes, (c1 - c0) * e.grid.phases * size);
             const int64_t first = t.group * e.group_channels;
             PlaneLine* table = scratch_of<PlaneLine>(kPieces, e.grid.phases * plane_lines(e.grid, t));
-            dispatch_float(e.in.dtype, [&]<Dtype T>() {
-                fill_planes<T>(e.grid, e.in, t, first + c0, first + c1, planes, table);
-            });
+            dispatch_float(e.in.dtype,
+                           [&]<Dtype T>() { fill_planes<T>(e.grid, e.in, t, first + c0, first + c1, planes, table); });
             planes -= c0 * e.grid.phases * size;
         }
         if (e.weight.tile) {
@@ -211,8 +210,8 @@ void run_blocks(const Engine& e, const ConvTask& t, int64_t tile, Strip s, int64
     const int64_t at = (tile * e.groups + t.group) * per_group + row0 / kBlockRows;
     const int64_t blocks = ceil_div(row1 - row0, kBlockRows);
     auto run = [&]<class Entry>(const Entry* entries) {
-        const BlockRange<Entry> range{
-            e.values, w.counts + 16 * at, w.base + kBlockRows * at, w.start + at, entries, blocks};
+        const BlockRange<Entry> range{e.values, w.counts + 16 * at, w.base + kBlockRows * at, w.start + at, entries,
+                                      blocks};
         for (int v = 0; v < s.vectors; v += kBlockVectors) {
             const int vectors = s.vectors - v < kBlockVectors ? s.vectors - v : kBlockVectors;
             dispatch_strip<kBlockVectors>(vectors, [&]<int U>() {
@@ -230,8 +229,8 @@ void run_task(const Engine& e, const ConvTask& t, const Epilogue& epilogue) {
     const int64_t vectors = ceil_div(task_length(e.grid, t), kLanes), strips = strip_count(vectors);
     const int64_t rows = ceil_div(t.rows, kBlockRows) * kBlockRows, end = t.row0 + t.rows;
     const bool keep = e.tiles > 1, direct = !e.weight.tile;
-    float* acc = scratch_of<float>(kAcc, (keep ? vectors * kLanes * rows : kStrip * most(direct ? rows : 0, kWriteRows)) +
-                                             kLanes);
+    float* acc = scratch_of<float>(
+        kAcc, (keep ? vectors * kLanes * rows : kStrip * most(direct ? rows : 0, kWriteRows)) + kLanes);
     for (int64_t tile = 0; tile < e.tiles; ++tile)
         for (int64_t i = 0; i < strips; ++i) {
             const Strip s = strip_of(vectors, i);
@@ -287,8 +286,7 @@ void conv_forward(const ConvForward& a) {
     const Tables tables(a.weight.columns, a.geometry.stride_h * a.geometry.stride_w);
     Engine e = forward_engine(a.geometry, a.x, a.y, a.weight, tables);
     e.values = float_values(a.weight, threads);
-    parallel_for(partition(e, threads), threads,
-                 [&](int64_t index) { run_task(e, task_at(e, index), a.epilogue); });
+    parallel_for(partition(e, threads), threads, [&](int64_t index) { run_task(e, task_at(e, index), a.epilogue); });
 }
 
 // Input position i * stride + phase - pad receives, from tap r of that phase, dy at i - r * dilation / stride: one
@@ -370,8 +368,8 @@ void conv_backward_weight(const ConvBackwardWeight& a) {
                 Piece* pieces = scratch_of<Piece>(kPieces, kStrip);
                 for (int64_t i = 0; i < strip_count(vectors); ++i) {
                     const Strip s = strip_of(vectors, i);
-                    const int64_t count = make_pieces(e.grid, t, e.maps[0], a.dy.stride_b, s.first * kLanes,
-                                                      s.vectors * kLanes, pieces);
+                    const int64_t count =
+                        make_pieces(e.grid, t, e.maps[0], a.dy.stride_b, s.first * kLanes, s.vectors * kLanes, pieces);
                     dispatch_float(a.dy.dtype, [&]<Dtype T>() {
                         const int64_t at = (t.group * e.group_rows + t.row0) * a.dy.stride_c * size_of(T);
                         read_strip<T>(static_cast<const char*>(a.dy.data) + at, a.dy.stride_c, a.dy.stride_w, pieces,
@@ -387,8 +385,8 @@ void conv_backward_weight(const ConvBackwardWeight& a) {
                         const int64_t k0 = tile_at * w.tile;
                         dispatch_strip(s.vectors, [&]<int U>() {
                             if (w.tile)
-                                strip_dots<U, false>(w.col, begin, end, t.rows, {in.base - k0 * in.stride, in.stride, nullptr}, d,
-                                                     sums);
+                                strip_dots<U, false>(w.col, begin, end, t.rows,
+                                                     {in.base - k0 * in.stride, in.stride, nullptr}, d, sums);
                             else
                                 strip_dots<U, true>(w.col, begin, end, t.rows, in, d, sums);
                         });

@@ -1,7 +1,7 @@
 """Convolution with a sparse weight: geometry, oracle, compiled kernels, ops. One set for every format.
 
-The weight [O, C / groups, kh, kw] is stored as a matrix W[O, K], K = C / groups * kh * kw, in one of two K orders:
-"crs" (torch's own flattening) or "rsc" (channels innermost, what 2:4 pruning along channels means).
+The weight [O, C / groups, kh, kw] is stored as a matrix W[O, K], K = C / groups * kh * kw, in one of two K
+orders: "crs" (torch's own flattening) or "rsc" (channels innermost, what 2:4 pruning along channels means).
 """
 
 from .geometry import ORDERS as ORDERS

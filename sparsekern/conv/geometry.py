@@ -58,7 +58,7 @@ def pair(value: Any, name: str, least: int) -> tuple[int, int]:
 def padding_of(
     padding: Any, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) for an int, a pair, "valid" or "same" (stride 1 only; the odd zero goes last)."""
+    """(top, bottom, left, right) of an int, a pair, "valid" or "same" (stride 1 only; the odd zero last)."""
     if padding == "valid":
         return 0, 0, 0, 0
     if padding == "same":

@@ -40,7 +40,7 @@ def why_not(op: str, layout: Layout, x: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Stream:
-    """The stored values of W row by row: where rows start, each value's column, and where it lies in `values`."""
+    """The stored values of W row by row: row starts, each value's column, its place in `values`."""
 
     crow: Tensor  # int32 [N + 1]
     col: Tensor  # int32
@@ -50,7 +50,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Tiled:
-    """A stream cut in tiles of columns, in the form that a kernel reads (csrc/csr/conv.h): rows, or blocks of rows."""
+    """A stream cut in tiles of columns, as kernels read it (csrc/csr/conv.h): rows, or blocks of rows."""
 
     stream: Stream
     stored: int
@@ -63,7 +63,7 @@ class Tiled:
         s = self.stream
         gather = 0 if s.gather is None else s.gather.data_ptr()
         segment = 0 if self.segment is None else self.segment.data_ptr()
-        blocks = (0, 0, 0, 0, 0)
+        blocks: tuple[int, ...] = (0, 0, 0, 0, 0)
         if self.blocks is not None:
             blocks = (*(t.data_ptr() for t in self.blocks), self.blocks[3].dtype == torch.uint8)
         return (
@@ -85,7 +85,12 @@ def stream_of(layout: Layout) -> Stream:
     if isinstance(layout, Sp24):
         stored = layout.values.shape[1]
         crow = torch.arange(0, n * stored + 1, max(stored, 1), dtype=torch.int32)
-        return Stream(crow if stored else torch.zeros(n + 1, dtype=torch.int32), _flat(layout.columns()), None, 2 * stored)
+        return Stream(
+            crow if stored else torch.zeros(n + 1, dtype=torch.int32),
+            _flat(layout.columns()),
+            None,
+            2 * stored,
+        )
     if isinstance(layout, Bitmap):
         return Stream(layout.offsets.to(torch.int32), _flat(layout.mask().nonzero()[:, 1]), None, k)
     if isinstance(layout, Bsr):
@@ -134,7 +139,8 @@ def _by_blocks(stream: Stream, rows: int, groups: int, tile: int) -> Tiled:
     start = torch.empty(blocks, dtype=torch.int32)
     entries = torch.empty(2 * stream.col.numel(), dtype=torch.uint8 if stream.gather is None else torch.int32)
     written = _ext.host().conv_blocks(
-        stream.crow.data_ptr(), stream.col.data_ptr(), 0 if stream.gather is None else stream.gather.data_ptr(),
+        stream.crow.data_ptr(), stream.col.data_ptr(),
+        0 if stream.gather is None else stream.gather.data_ptr(),
         rows, groups, tile, tiles, counts.data_ptr(), base.data_ptr(), start.data_ptr(), entries.data_ptr(),
     )  # fmt: skip
     empty = stream.col.new_empty(0)  # the blocks say all that the stream does; let it go
@@ -157,7 +163,9 @@ def _forward_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
 def _weight_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
     n, k = layout.shape
     tile = _tile(layout, n, k, g.groups, pixels)
-    return plan(_topology(layout), ("conv2d_weight", layout.dims, tile), lambda: _by_rows(stream_of(layout), n, tile))
+    return plan(
+        _topology(layout), ("conv2d_weight", layout.dims, tile), lambda: _by_rows(stream_of(layout), n, tile)
+    )
 
 
 def _input_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
@@ -176,7 +184,9 @@ def _input_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
             0 if stream.gather is None else stream.gather.data_ptr(), n,
             crow.data_ptr(), col.data_ptr(), gather.data_ptr(),
         )  # fmt: skip
-        return _by_blocks(Stream(crow, col[:stored].clone(), gather[:stored].clone(), columns), rows, g.groups, tile)
+        return _by_blocks(
+            Stream(crow, col[:stored].clone(), gather[:stored].clone(), columns), rows, g.groups, tile
+        )
 
     return plan(_topology(layout), ("conv2d_input", layout.dims, g[:6], g.groups, g.order, tile), make)
 

@@ -1,4 +1,4 @@
-"""The convolution's ops: three per format, as in `_library`, with the geometry as integers beside the weight."""
+"""The convolution's ops: three per format, as in `_library`; the geometry goes as integers."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def choose(op: str, layout: Layout, x: Tensor, backend: str | None) -> ModuleTyp
     return ref
 
 
-def _define_conv2d(format: str):  # type: ignore[no-untyped-def]
-    def conv2d(values, index, scale, dims, x, bias, geometry, activation, backend):  # type: ignore[no-untyped-def]
+def _define_conv2d(format: str):
+    def conv2d(values, index, scale, dims, x, bias, geometry, activation, backend):
         layout, g = _layout(format, values, index, scale, dims), Geometry(*geometry)
         return choose("conv2d", layout, x, backend).conv2d(layout, x, bias, g, activation)
 
-    def fake(values, index, scale, dims, x, bias, geometry, activation, backend):  # type: ignore[no-untyped-def]
+    def fake(values, index, scale, dims, x, bias, geometry, activation, backend):
         size = (x.shape[0], dims[0], *Geometry(*geometry).out_size(x.shape[2], x.shape[3]))
         return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
@@ -55,12 +55,12 @@ def _define_conv2d(format: str):  # type: ignore[no-untyped-def]
     return _define(f"{format}_conv2d", schema, conv2d, fake)
 
 
-def _define_conv2d_input(format: str):  # type: ignore[no-untyped-def]
-    def conv2d_input(values, index, scale, dims, dy, geometry, height, width, backend):  # type: ignore[no-untyped-def]
+def _define_conv2d_input(format: str):
+    def conv2d_input(values, index, scale, dims, dy, geometry, height, width, backend):
         layout, g = _layout(format, values, index, scale, dims), Geometry(*geometry)
         return choose("conv2d_input", layout, dy, backend).conv2d_input(layout, dy, g, height, width)
 
-    def fake(values, index, scale, dims, dy, geometry, height, width, backend):  # type: ignore[no-untyped-def]
+    def fake(values, index, scale, dims, dy, geometry, height, width, backend):
         g = Geometry(*geometry)
         size = (dy.shape[0], dims[1] // g.taps * g.groups, height, width)
         return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=memory_format(dy))
@@ -69,12 +69,12 @@ def _define_conv2d_input(format: str):  # type: ignore[no-untyped-def]
     return _define(f"{format}_conv2d_input", schema, conv2d_input, fake)
 
 
-def _define_conv2d_weight(format: str):  # type: ignore[no-untyped-def]
-    def conv2d_weight(values, index, scale, dims, dy, x, geometry, backend):  # type: ignore[no-untyped-def]
+def _define_conv2d_weight(format: str):
+    def conv2d_weight(values, index, scale, dims, dy, x, geometry, backend):
         layout, g = _layout(format, values, index, scale, dims), Geometry(*geometry)
         return choose("conv2d_weight", layout, x, backend).conv2d_weight(layout, dy, x, g)
 
-    def fake(values, index, scale, dims, dy, x, geometry, backend):  # type: ignore[no-untyped-def]
+    def fake(values, index, scale, dims, dy, x, geometry, backend):
         return values.new_empty(values.shape)
 
     schema = f"({_WEIGHT}, Tensor dy, Tensor x, int[] geometry, str? backend) -> Tensor"
@@ -87,10 +87,10 @@ CONV2D_WEIGHT = {name: _define_conv2d_weight(name) for name in FORMATS}
 
 
 class SparseConv(torch.autograd.Function):
-    """Y = conv(X, W) + bias; dX the transposed convolution of dY; dW at the stored positions; dbias = the sums of dY."""
+    """Y = conv(X, W) + bias; dX transposed; dW at the stored positions; dbias = the sums of dY."""
 
     @staticmethod
-    def forward(ctx, values, x, bias, scale, format, dims, geometry, backend, *index):  # type: ignore[no-untyped-def]
+    def forward(ctx, values, x, bias, scale, format, dims, geometry, backend, *index):
         ctx.save_for_backward(values, x, scale, *index)
         ctx.call = (format, dims, geometry, backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -98,7 +98,7 @@ class SparseConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy):
         values, x, scale, *index = ctx.saved_tensors
         format, dims, geometry, backend = ctx.call
         need_values, need_x, need_bias = ctx.needs_input_grad[:3]
@@ -106,7 +106,9 @@ class SparseConv(torch.autograd.Function):
         if need_values:
             dvalues = CONV2D_WEIGHT[format](values, index, scale, dims, dy, x, geometry, backend)
         if need_x:
-            dx = CONV2D_INPUT[format](values, index, scale, dims, dy, geometry, x.shape[2], x.shape[3], backend)
+            dx = CONV2D_INPUT[format](
+                values, index, scale, dims, dy, geometry, x.shape[2], x.shape[3], backend
+            )
         if need_bias:
             dbias = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
         return dvalues, dx, dbias, None, None, None, None, None, *(None for _ in index)

@@ -1,10 +1,12 @@
 """The oracle: the three products of a convolution in plain torch, for any layout.
 
-Slow and obvious: it unpacks the weight and calls torch's dense convolution. float64 runs in float64, everything
-else accumulates in float32 and is rounded once at the end.
+Slow and obvious: it unpacks the weight and calls torch's dense convolution. float64 runs in float64,
+everything else accumulates in float32 and is rounded once at the end.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional, grad
@@ -23,7 +25,7 @@ def _dense(layout: Layout, g: Geometry) -> Tensor:
     return weight_of(_weight(layout), (g.kernel_h, g.kernel_w), ORDERS[g.order])
 
 
-def _steps(g: Geometry) -> dict:  # type: ignore[type-arg]
+def _steps(g: Geometry) -> dict[str, Any]:
     return {
         "stride": (g.stride_h, g.stride_w),
         "dilation": (g.dilation_h, g.dilation_w),
@@ -37,7 +39,9 @@ def _padded(x: Tensor, g: Geometry) -> Tensor:
 
 def conv2d(layout: Layout, x: Tensor, bias: Tensor | None, g: Geometry, activation: str) -> Tensor:
     """y = act(conv(x, W) + bias): x [B, C, H, W] -> [B, O, H', W']."""
-    y = functional.conv2d(_padded(x, g), _dense(layout, g), None if bias is None else _wide(bias), **_steps(g))
+    y = functional.conv2d(
+        _padded(x, g), _dense(layout, g), None if bias is None else _wide(bias), **_steps(g)
+    )
     return ACTIVATIONS[activation](y).to(x.dtype).contiguous(memory_format=memory_format(x))
 
 

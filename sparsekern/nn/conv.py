@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..conv.geometry import ORDERS, Geometry, matrix_of, order_number, pair, padding_of, weight_of
+from ..conv.geometry import ORDERS, Geometry, matrix_of, order_number, padding_of, pair, weight_of
 from ..functional import _check_images, conv2d_geometry
 from ..layout import Layout
 from .base import SparseModule, random_topology
@@ -20,13 +20,13 @@ class SparseConv2d(SparseModule):
     """y = act(conv2d(x, W) + bias) with sparse *weights* and dense activations.
 
     Constructor, forward and state_dict habits of nn.Conv2d: images [B, C, H, W] or [C, H, W], contiguous or
-    channels_last (the output keeps the memory format), stride, padding (also "same" and "valid"), padding_mode,
-    dilation, groups. `order` is the K order in which the weight [O, C / groups, kh, kw] is flattened and stored:
-    "crs" (torch's own) or "rsc" (channels innermost, what 2:4 pruning along channels gives).
+    channels_last (the output keeps the memory format), stride, padding (also "same" and "valid"),
+    padding_mode, dilation, groups. `order` is the K order in which the weight [O, C / groups, kh, kw] is
+    flattened and stored: "crs" (torch's own) or "rsc" (channels innermost, as 2:4 pruning along channels).
 
     spconv, MinkowskiEngine and TorchSparse have modules of nearly the same name for something else: sparse
-    *activations* (point clouds) with dense weights. Their inputs are refused here with a message that says so;
-    `WeightSparseConv2d` is the same class under a name that cannot be mistaken.
+    *activations* (point clouds) with dense weights. Their inputs are refused here with a message that says
+    so; `WeightSparseConv2d` is the same class under a name that cannot be mistaken.
     """
 
     own_buffers = ("order_rsc",)
@@ -41,7 +41,7 @@ class SparseConv2d(SparseModule):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
@@ -52,10 +52,22 @@ class SparseConv2d(SparseModule):
         activation: str | None = None,
     ) -> None:
         dense = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
         )
         matrix = random_topology(matrix_of(dense.weight.detach(), order), format, density, block_size)
-        super().__init__(_pack(matrix, format, block_size), None if not bias else dense.bias.detach(), activation)
+        super().__init__(
+            _pack(matrix, format, block_size), None if dense.bias is None else dense.bias.detach(), activation
+        )
         self._set_geometry(dense, order)
 
     @classmethod
@@ -70,22 +82,25 @@ class SparseConv2d(SparseModule):
     ) -> SparseConv2d:
         """The sparse twin of a pruned nn.Conv2d: same outputs, same bias parameter, same training mode.
 
-        order "auto": for sp24 the K order along which the weight is 2:4 ("crs" where both are), for bsr the one with
-        fewer stored blocks, else "crs". prune=True (sp24 only) prunes by magnitude, along channels where they come
-        in fours. A weight that is 2:4 in neither order raises a ValueError that names the first bad group.
+        order "auto": for sp24 the K order along which the weight is 2:4 ("crs" where both are), for bsr the
+        one with fewer stored blocks, else "crs". prune=True (sp24 only) prunes by magnitude, along channels
+        where they come in fours. A weight that is 2:4 in neither order raises a ValueError that names the
+        first bad group.
         """
         weight = conv.weight.detach()
         module = cls.__new__(cls)
         packed, order = _pack_order(weight, format, block_size, order, prune)
         SparseModule.__init__(module, packed, None)
         module._set_geometry(conv, order)
-        module.bias = conv.bias
+        module.bias = cast("nn.Parameter | None", conv.bias)
         module.values.requires_grad_(conv.weight.requires_grad)
         return module.train(conv.training)
 
     def _set_geometry(self, conv: nn.Conv2d, order: str) -> None:
         if conv.padding_mode not in _PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {conv.padding_mode!r}")
+            raise ValueError(
+                f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {conv.padding_mode!r}"
+            )
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size = pair(conv.kernel_size, "kernel_size", 1)
         self.stride, self.dilation = pair(conv.stride, "stride", 1), pair(conv.dilation, "dilation", 1)
@@ -110,13 +125,16 @@ class SparseConv2d(SparseModule):
             images = x if x.dim() == 4 else x.unsqueeze(0)  # circular padding wants a batch
             padded = nn.functional.pad(images, self._edges, mode=self.padding_mode)
             x = padded if x.dim() == 4 else padded.squeeze(0)
-        return conv2d_geometry(operand, x, self._parameters["bias"], self.geometry, self.activation, self.backend)
+        return conv2d_geometry(
+            operand, x, self._parameters["bias"], self.geometry, self.activation, self.backend
+        )
 
     def to_dense(self) -> nn.Conv2d:
         """The nn.Conv2d with the same weight, zeros filled in."""
         weight = self.dense_weight().detach()
+        padding: Any = self.padding
         dense = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation,
             self.groups, self.bias is not None, self.padding_mode, device="meta", dtype=weight.dtype,
         )  # fmt: skip
         dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
@@ -144,8 +162,15 @@ class SparseConv2d(SparseModule):
         return packed
 
     def extra_repr(self) -> str:
-        shown = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        for name, usual in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+        shown = [
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        ]
+        for name, usual in (
+            ("padding", (0, 0)),
+            ("dilation", (1, 1)),
+            ("groups", 1),
+            ("padding_mode", "zeros"),
+        ):
             value = getattr(self, name)
             if value != usual and value != 0:
                 shown.append(f"{name}={value!r}")
