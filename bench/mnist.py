@@ -45,7 +45,7 @@ class Study:
 
 STUDIES = (
     Study("2:4", "2:4", None, ("sp24",)),
-    Study("unstructured 80 %", "unstructured", 0.8, ("csr",)),
+    Study("unstructured 80 %", "unstructured", 0.8, ("csr", "bitmap")),
 )
 
 

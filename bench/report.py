@@ -152,6 +152,6 @@ def require_close(what: str, out: Tensor, expected: Tensor, limit: float) -> flo
 def progress(console: Console, text: str, total: int) -> Iterator[Any]:
     """A bar that vanishes when it is done; yields the function that moves it on by one."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(text, total=total)
         yield lambda note=text: bar.update(task, advance=1, description=note)
