@@ -250,6 +250,7 @@ bool tile_mm_slab(const Source& source, int64_t n, const Dense& x, const Dense& 
 template <class Source, Dtype X>
 bool tile_mm(const Source& source, int64_t n, const Dense& x, const Dense& y, const Epilogue& e, int64_t work,
              int threads) {
+    if (x.cols == 0) return false;  // nothing would write the sums
     if (work * x.rows < kThreadWork) threads = 1;
     for (int64_t token = 0; token < x.rows; token += kTileTokens) {
         const int64_t tokens = least(kTileTokens, x.rows - token);

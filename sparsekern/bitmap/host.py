@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _rows
 from .._ext import ACTIVATIONS, DTYPES, host, why_not_host
+from .._plan import plan
 from .layout import Bitmap
+
+# Tokens from which skipping zeros beats expanding them on vectors; on tiles nothing does.
+_ROWS_TOKENS = 32
 
 
 def why_not(op: str, layout: Bitmap, x: Tensor) -> str | None:
@@ -15,24 +20,21 @@ def why_not(op: str, layout: Bitmap, x: Tensor) -> str | None:
         return f"{str(layout.values.dtype).removeprefix('torch.')} is not supported by the host kernels"
     if x.dtype != layout.values.dtype:
         return f"activations of {str(x.dtype).removeprefix('torch.')} need values of the same type"
-    if op != "mm":
-        return f"{op} is not built yet"
+    if op != "mm" and layout.values.numel() >= 2**31:
+        return f"{op} counts stored values in 32 bits, and there are {layout.values.numel()}"
     return why_not_host()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with unit stride along its rows; the rows themselves may lie any distance apart."""
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
     n, k = layout.shape
     m = x.shape[0]
-    x = _rows(x)
-    y = x.new_empty((m, n))
     if bias is not None:
         bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+    if m >= _ROWS_TOKENS and host().active_isa() != "amx" and layout.values.numel() < 2**31:
+        return _rows.mm(_topology(layout), layout.values, x, bias, activation)
+    x = _rows.unit_stride(x)
+    y = x.new_empty((m, n))
     host().bitmap_mm(
         layout.values.data_ptr(),
         layout.bits.data_ptr(),
@@ -51,3 +53,28 @@ def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tenso
         torch.get_num_threads(),
     )
     return y
+
+
+def _topology(layout: Bitmap) -> _rows.Rows:
+    """Where each stored value belongs."""
+    bits, offsets, (n, k), nnz = layout.bits, layout.offsets, layout.shape, layout.values.numel()
+
+    def make() -> _rows.Rows:
+        col = torch.empty(nnz, dtype=torch.int32)
+        host().bitmap_columns(bits.data_ptr(), offsets.data_ptr(), n, k, col.data_ptr(), torch.get_num_threads())
+        return _rows.Rows(offsets.int(), col, (n, k))
+
+    rows: _rows.Rows = plan(bits, ("bitmap.rows", n, k), make)
+    return rows
+
+
+def mm_t(layout: Bitmap, dy: Tensor) -> Tensor:
+    """dX = dY W: dy [M, N] -> [M, K]."""
+    return _rows.mm_t(_topology(layout), layout.values, dy)
+
+
+def sddmm(layout: Bitmap, dy: Tensor, x: Tensor) -> Tensor:
+    """dW = dY^T X at the stored positions: dy [M, N], x [M, K] -> [nnz]."""
+    dvalues = layout.values.new_empty(layout.values.shape)
+    _rows.sddmm(_topology(layout), dvalues, dy, x)
+    return dvalues
