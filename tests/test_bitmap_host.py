@@ -14,6 +14,8 @@ from sparsekern.testing import (
     random_dense,
     random_weight,
     reference_mm,
+    reference_mm_t,
+    reference_sddmm,
     skewed_weight,
     threads,
     with_empty_rows,
@@ -67,6 +69,36 @@ def test_shapes(isa, dtype, density, n, k):  # type: ignore[no-untyped-def]
     for m in (0, 1, 2, 3, 6, 33):
         x = random_dense(m, k + 3, dtype=dtype, seed=m)[:, :k]
         assert_close(host_mm(bitmap.pack(w), x), reference_mm(w, x), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n, k", [(0, 8), (8, 0), (1, 1), (17, 24), (70, 1032), (37, 107)])
+def test_gradients(isa, dtype, n, k):  # type: ignore[no-untyped-def]
+    from sparsekern.bitmap import host
+
+    w = weight(n, k, dtype, density=0.4)
+    layout = bitmap.pack(w)
+    for m in (0, 1, 3, 33, 130):
+        dy, x = random_dense(m, n + 1, dtype=dtype, seed=m)[:, :n], random_dense(m, k, dtype=dtype, seed=m + 1)
+        assert host.why_not("mm_t", layout, dy) is None and host.why_not("sddmm", layout, x) is None
+        with poisoned():
+            dx, dvalues = host.mm_t(layout, dy), host.sddmm(layout, dy, x)
+        assert_close(dx, reference_mm_t(w, dy), dtype)
+        assert_close(dvalues, layout.sample(reference_sddmm(dy, x)), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_infinities_and_extremes(isa, dtype):  # type: ignore[no-untyped-def]
+    """Values that do not split into planes of bf16 take another kernel; results stay what floats give."""
+    w = weight(40, 64, dtype, density=0.4)
+    layout, x = bitmap.pack(w), random_dense(40, 64, dtype=dtype, seed=1)
+    x[3], x[5, 7], x[9, 1] = torch.finfo(dtype).max / 1e4, float("inf"), float("nan")
+    out, ref = host_mm(layout, x), x.float() @ w.float().t()
+    fine = [i for i in range(40) if i not in (5, 9)]
+    assert_close(out[fine], reference_mm(w, x)[fine], dtype)
+    hit = w[:, 7] != 0
+    assert not torch.isfinite(out[5, hit]).any()
+    assert torch.isnan(out[9, w[:, 1] != 0]).all() and torch.isnan(ref[9]).all()
 
 
 @pytest.mark.parametrize("activation", ("none", "relu", "gelu", "gelu_tanh", "silu"))

@@ -119,7 +119,13 @@ struct DotRows {
 };
 #endif
 
+// Tokens from which tiles are faster; half has more planes than bf16, and float more still.
+[[maybe_unused]] constexpr int64_t kTileMin = 3, kTileMinWide = 8;
+
 void mm(const Bitmap& w, const Dense& x, const Dense& y, const Epilogue& e, int threads) {
+#if SK_LEVEL >= SK_AMX
+    if (x.rows >= (w.dtype == Dtype::bf16 ? kTileMin : kTileMinWide) && bitmap_mm_tiles(w, x, y, e, threads)) return;
+#endif
     const int64_t work = w.n ? w.offsets[w.n] : 0, width = (w.k + 31) / 32 * 32;
 #if SK_LEVEL >= SK_AVX512_BF16
     if (w.dtype == Dtype::bf16) {

@@ -132,9 +132,18 @@ void mm_picked(const Sp24& w, const Dense& x, const Dense& y, const Epilogue& e,
 }
 
 // Tokens from which panels are faster.
+[[maybe_unused]] constexpr int64_t kTileMin = 4, kTileMinWide = 12;  // tiles: bf16 and int8; types with more planes
 constexpr int64_t kPanelTokens = kLanes + 1;
 
+[[maybe_unused]] int planes(const Sp24& w, const Dense& x) {
+    auto wide = [](Dtype t) { return t == Dtype::f32 || t == Dtype::f16; };
+    return wide(w.dtype) || wide(x.dtype) ? 2 : 1;
+}
+
 void mm(const Sp24& w, const Dense& x, const Dense& y, const Epilogue& e, int threads) {
+#if SK_LEVEL >= SK_AMX
+    if (x.rows >= (planes(w, x) > 1 ? kTileMinWide : kTileMin) && sp24_mm_tiles(w, x, y, e, threads)) return;
+#endif
     if (x.rows >= kPanelTokens) return sp24_mm_panels(w, x, y, e, threads);
 #if SK_LEVEL >= SK_AVX512_BF16
     if (w.dtype == Dtype::bf16) {

@@ -6,6 +6,8 @@ SK_ISA_BEGIN
 
 // mm for many tokens, see host_panel.cpp.
 void sp24_mm_panels(const Sp24& w, const Dense& x, const Dense& y, const Epilogue& e, int threads);
+// mm on tiles (amx only), see host_tiles.cpp; false where a value does not fit them.
+bool sp24_mm_tiles(const Sp24& w, const Dense& x, const Dense& y, const Epilogue& e, int threads);
 
 int64_t sp24_pack(const Dense& w, void* values, uint8_t* meta, int threads);
 void sp24_pack_top2(const Dense& w, void* values, uint8_t* meta, int threads);

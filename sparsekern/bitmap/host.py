@@ -10,6 +10,9 @@ from .._ext import ACTIVATIONS, DTYPES, host, known_bias, unit_rows, why_not_hos
 from .._plan import plan
 from .layout import Bitmap
 
+# Tokens from which skipping zeros beats expanding them on vectors; on tiles nothing does.
+_ROWS_TOKENS = 32
+
 
 def why_not(op: str, layout: Bitmap, x: Tensor) -> str | None:
     """Why the host kernels cannot run `op` on this layout and x, or None where they can."""
@@ -26,6 +29,8 @@ def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tenso
     """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
     n, k = layout.shape
     m = x.shape[0]
+    if m >= _ROWS_TOKENS and host().active_isa() != "amx" and layout.values.numel() < 2**31:
+        return _rows.mm(_rows_of(layout), x, bias, activation)
     x = unit_rows(x)
     y = x.new_empty((m, n))
     bias = known_bias(bias)
