@@ -45,24 +45,21 @@ CHAINS = {
         "TAVYYCSRWGGDGFYAMDYWGQGTLVTVSS"
     ),
     "trastuzumab VL": (
-        "DIQMTQSPSSLSASVGDRVTITCRASQDVNTAVAWYQQKPGKAPKLLIYSASFLYSGVPSRFSGSRSGTDFTLTISSLQPEDFATYYCQQ"
-        "HYTTPPTFGQGTKVEIK"
+        "DIQMTQSPSSLSASVGDRVTITCRASQDVNTAVAWYQQKPGKAPKLLIYSASFLYSGVPSRFSGSRSGTDFTLTISSLQPEDFATYYCQQHYTTPPTFGQGTKVEIK"
     ),
     "adalimumab VH": (
         "EVQLVESGGGLVQPGRSLRLSCAASGFTFDDYAMHWVRQAPGKGLEWVSAITWNSGHIDYADSVEGRFTISRDNAKNSLYLQMNSLRAED"
         "TAVYYCAKVSYLSTASSLDYWGQGTLVTVSS"
     ),
     "adalimumab VL": (
-        "DIQMTQSPSSLSASVGDRVTITCRASQGIRNYLAWYQQKPGKAPKLLIYAASTLQSGVPSRFSGSGSGTDFTLTISSLQPEDVATYYCQR"
-        "YNRAPYTFGQGTKVEIK"
+        "DIQMTQSPSSLSASVGDRVTITCRASQGIRNYLAWYQQKPGKAPKLLIYAASTLQSGVPSRFSGSGSGTDFTLTISSLQPEDVATYYCQRYNRAPYTFGQGTKVEIK"
     ),
     "rituximab VH": (
         "QVQLQQPGAELVKPGASVKMSCKASGYTFTSYNMHWVKQTPGRGLEWIGAIYPGNGDTSYNQKFKGKATLTADKSSSTAYMQLSSLTSED"
         "SAVYYCARSTYYGGDWYFNVWGAGTTVTVSA"
     ),
     "rituximab VL": (
-        "QIVLSQSPAILSASPGEKVTMTCRASSSVSYIHWFQQKPGSSPKPWIYATSNLASGVPVRFSGSGSGTSYSLTISRVEAEDAATYYCQQW"
-        "TSNPPTFGGGTKLEIK"
+        "QIVLSQSPAILSASPGEKVTMTCRASSSVSYIHWFQQKPGSSPKPWIYATSNLASGVPVRFSGSGSGTSYSLTISRVEAEDAATYYCQQWTSNPPTFGGGTKLEIK"
     ),
 }
 
@@ -127,16 +124,12 @@ def masked(sequence: str, vocabulary: dict[str, int]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score(
-    model: nn.Module, vocabulary: dict[str, int], chains: dict[str, str], step: Callable[[], Any]
-) -> Score:
+def score(model: nn.Module, vocabulary: dict[str, int], chains: dict[str, str], step: Callable[[], Any]) -> Score:
     """How well the model guesses masked residues."""
     loss, right, count = 0.0, 0, 0
     for sequence in chains.values():
         tokens, hidden = masked(sequence, vocabulary)
-        truth = torch.tensor([CLS, *(vocabulary[residue] for residue in sequence), SEP]).expand_as(tokens)[
-            hidden
-        ]
+        truth = torch.tensor([CLS, *(vocabulary[residue] for residue in sequence), SEP]).expand_as(tokens)[hidden]
         logits = model(tokens)[hidden].double()
         loss += float(nn.functional.cross_entropy(logits, truth, reduction="sum"))
         right += int((logits.argmax(-1) == truth).sum())
@@ -166,9 +159,7 @@ def sample(vocabulary: dict[str, int], count: int) -> Tensor:
 class Bench:
     """One study, from the dense model to the tables."""
 
-    def __init__(
-        self, model: BertMLM, vocabulary: dict[str, int], study: Study, effort: Effort, console: Console
-    ):
+    def __init__(self, model: BertMLM, vocabulary: dict[str, int], study: Study, effort: Effort, console: Console):
         self.study, self.effort, self.console, self.vocabulary = study, effort, console, vocabulary
         self.original = model
         zeroed = pruned(model, study)
@@ -216,9 +207,7 @@ class Bench:
         expected = rows[1]["perplexity"]
         for row in rows[2 : 2 + len(self.study.formats)]:
             if abs(row["perplexity"] / expected - 1) > 1e-3:
-                raise r.Disagreement(
-                    f"{row['variant']}: perplexity {row['perplexity']:.5f}, pruned {expected:.5f}"
-                )
+                raise r.Disagreement(f"{row['variant']}: perplexity {row['perplexity']:.5f}, pruned {expected:.5f}")
         return rows
 
     def latency(self) -> list[dict[str, Any]]:
@@ -337,15 +326,9 @@ def run(effort: Effort, console: Console, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="two chains, two numbers of tokens, short timings"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=r.ROOT / "demo_output", help="folder for antiberty.json"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two chains, two numbers of tokens, short timings")
+    parser.add_argument("--output", type=Path, default=r.ROOT / "demo_output", help="folder for antiberty.json")
     args = parser.parse_args()
     r.measure_afresh()
     run(QUICK if args.quick else FULL, r.console(), args.output)

@@ -62,7 +62,9 @@ def _gate(tolerance: float) -> Callable[[Variants], None]:
                 continue
             error = (results[ours].double() - result.double()).norm() / result.double().norm().clamp_min(1e-30)
             if not float(error) < tolerance:
-                raise AssertionError(f"{ours} differs from {name} by {float(error):.2e} (relative), allowed {tolerance}")
+                raise AssertionError(
+                    f"{ours} differs from {name} by {float(error):.2e} (relative), allowed {tolerance}"
+                )
 
     return gate
 
@@ -106,7 +108,13 @@ def bsr_mm() -> Iterator[Case]:
                         return {"sparsekern": lambda: sk.linear(x, w), "dense": lambda: F.linear(x, weight)}
 
                     bars = (Bar("dense", round(0.9 / (1 - sparsity), 2)),)
-                    params = {"shape": "4096x4096", "block": block, "M": m, "sparsity": sparsity, "dtype": dtype}
+                    params = {
+                        "shape": "4096x4096",
+                        "block": block,
+                        "M": m,
+                        "sparsity": sparsity,
+                        "dtype": dtype,
+                    }
                     yield Case("bsr_mm", params, bars, make, gate=_gate(1e-2 if dtype == "bfloat16" else 1e-5))
 
 

@@ -22,9 +22,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a small part of it, in about a minute")
     parser.add_argument("--only", choices=("antiberty", "mnist"), help="one of the two models")
-    parser.add_argument(
-        "--output", type=Path, default=r.ROOT / "demo_output", help="folder for the JSON files"
-    )
+    parser.add_argument("--output", type=Path, default=r.ROOT / "demo_output", help="folder for the JSON files")
     args = parser.parse_args()
     r.measure_afresh()
     began, console = time.monotonic(), r.console()

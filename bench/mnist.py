@@ -81,9 +81,7 @@ def load() -> Digits:
 def split(rows: np.ndarray) -> Digits:
     """From rows of 784 pixels (0 to 255) and a label; the same split every time."""
     if rows.ndim != 2 or rows.shape[1] != SIDE * SIDE + 1:
-        raise SystemExit(
-            f"the digits must be rows of {SIDE * SIDE} pixels and a label, got shape {rows.shape}"
-        )
+        raise SystemExit(f"the digits must be rows of {SIDE * SIDE} pixels and a label, got shape {rows.shape}")
     images = torch.from_numpy(rows[:, :-1]).reshape(-1, 1, SIDE, SIDE) / 255
     labels = torch.from_numpy(rows[:, -1]).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -146,9 +144,7 @@ def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat(
-        [model(part.contiguous(memory_format=torch.channels_last)) for part in images.split(250)]
-    )
+    return torch.cat([model(part.contiguous(memory_format=torch.channels_last)) for part in images.split(250)])
 
 
 def accuracy(out: Tensor, labels: Tensor) -> float:
@@ -162,9 +158,7 @@ class Bench:
         self.study, self.effort, self.console, self.digits = study, effort, console, digits
         self.trained = trained
         self.dense = self._pruned()
-        self.always = {
-            fmt: self._convert(format=fmt, policy="always", filter_fn=is_wide)[0] for fmt in study.formats
-        }
+        self.always = {fmt: self._convert(format=fmt, policy="always", filter_fn=is_wide)[0] for fmt in study.formats}
         self.reports: list[dict[str, Any]] = []
 
     def _pruned(self) -> nn.Module:
@@ -172,9 +166,7 @@ class Bench:
         sk.prune.magnitude_(model, self.study.pattern, self.study.sparsity, filter_fn=is_wide)
         self.untuned = copy.deepcopy(model)
         epochs = self.effort.tuning_epochs
-        with r.progress(
-            self.console, f"fine-tuning at {self.study.title}", steps(self.digits, epochs)
-        ) as step:
+        with r.progress(self.console, f"fine-tuning at {self.study.title}", steps(self.digits, epochs)) as step:
             fit(model, self.digits, epochs, 5e-4, step)
         return sk.prune.finalize_(model)
 
@@ -288,9 +280,7 @@ def run(effort: Effort, console: Console, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one epoch, two batch sizes, short timings")
     parser.add_argument("--output", type=Path, default=r.ROOT / "demo_output", help="folder for mnist.json")
     args = parser.parse_args()

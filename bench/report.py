@@ -87,13 +87,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def table(
-    title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
-) -> Table:
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
     """First column to the left, numbers to the right."""
-    made = Table(
-        title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left"
-    )
+    made = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for row in rows:

@@ -48,7 +48,12 @@ def machine() -> dict[str, Any]:
 
 def run(case: catalogue.Case, repeats: int) -> dict[str, Any]:
     """One row. A failed gate is a row too: with its error and no times."""
-    row: dict[str, Any] = {"group": case.group, "params": case.params, "threads": case.threads, "note": case.note}
+    row: dict[str, Any] = {
+        "group": case.group,
+        "params": case.params,
+        "threads": case.threads,
+        "note": case.note,
+    }
     with threads(case.threads), torch.enable_grad():
         variants = case.make()
         try:

@@ -35,11 +35,11 @@ def _define(name: str, schema: str, impl: Any, fake: Any) -> Any:
 
 
 def _define_mm(format: str) -> Any:
-    def mm(values, index, scale, dims, x, bias, activation, backend):  # type: ignore[no-untyped-def]
+    def mm(values, index, scale, dims, x, bias, activation, backend):
         layout = _layout(format, values, index, scale, dims)
         return choose("mm", layout, x, backend).mm(layout, x, bias, activation)
 
-    def fake(values, index, scale, dims, x, bias, activation, backend):  # type: ignore[no-untyped-def]
+    def fake(values, index, scale, dims, x, bias, activation, backend):
         return x.new_empty((x.shape[0], dims[0]), dtype=out_dtype(x))
 
     schema = f"({_WEIGHT}, Tensor x, Tensor? bias, str activation, str? backend) -> Tensor"
@@ -47,22 +47,22 @@ def _define_mm(format: str) -> Any:
 
 
 def _define_mm_t(format: str) -> Any:
-    def mm_t(values, index, scale, dims, dy, backend):  # type: ignore[no-untyped-def]
+    def mm_t(values, index, scale, dims, dy, backend):
         layout = _layout(format, values, index, scale, dims)
         return choose("mm_t", layout, dy, backend).mm_t(layout, dy)
 
-    def fake(values, index, scale, dims, dy, backend):  # type: ignore[no-untyped-def]
+    def fake(values, index, scale, dims, dy, backend):
         return dy.new_empty((dy.shape[0], dims[1]))
 
     return _define(f"{format}_mm_t", f"({_WEIGHT}, Tensor dy, str? backend) -> Tensor", mm_t, fake)
 
 
 def _define_sddmm(format: str) -> Any:
-    def sddmm(values, index, scale, dims, dy, x, backend):  # type: ignore[no-untyped-def]
+    def sddmm(values, index, scale, dims, dy, x, backend):
         layout = _layout(format, values, index, scale, dims)
         return choose("sddmm", layout, x, backend).sddmm(layout, dy, x)
 
-    def fake(values, index, scale, dims, dy, x, backend):  # type: ignore[no-untyped-def]
+    def fake(values, index, scale, dims, dy, x, backend):
         return values.new_empty(values.shape)
 
     return _define(f"{format}_sddmm", f"({_WEIGHT}, Tensor dy, Tensor x, str? backend) -> Tensor", sddmm, fake)
@@ -77,7 +77,7 @@ class SparseMM(torch.autograd.Function):
     """Y = X W^T + bias; dX = dY W; dW = dY^T X at the stored positions; dbias = the column sums of dY."""
 
     @staticmethod
-    def forward(ctx, values, x, bias, scale, format, dims, backend, *index):  # type: ignore[no-untyped-def]
+    def forward(ctx, values, x, bias, scale, format, dims, backend, *index):
         ctx.save_for_backward(values, x, scale, *index)
         ctx.call = (format, dims, backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -85,7 +85,7 @@ class SparseMM(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy):
         values, x, scale, *index = ctx.saved_tensors
         format, dims, backend = ctx.call
         need_values, need_x, need_bias = ctx.needs_input_grad[:3]
@@ -99,14 +99,14 @@ class SparseMMT(torch.autograd.Function):
     """Y = X W; dX = dY W^T; dW = X^T dY at the stored positions."""
 
     @staticmethod
-    def forward(ctx, values, x, scale, format, dims, backend, *index):  # type: ignore[no-untyped-def]
+    def forward(ctx, values, x, scale, format, dims, backend, *index):
         ctx.save_for_backward(values, x, scale, *index)
         ctx.call = (format, dims, backend)
         return MM_T[format](values, index, scale, dims, x, backend)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy):
         values, x, scale, *index = ctx.saved_tensors
         format, dims, backend = ctx.call
         need_values, need_x = ctx.needs_input_grad[:2]

@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 
 
 def _index(w: Rows, tokens: int) -> tuple[Tensor | None, int]:
-    """The tile index that a product with so many tokens walks (csrc/csr/host.h), and its tile's width; None: it walks rows."""
+    """The tile index that a product with so many tokens walks (csrc/csr/host.h) and its width; None: it walks rows."""
     (n, k), crow, col = w.shape, w.crow, w.col
     tile = host().csr_tile(tokens, n, k, col.shape[0])
     if tile == 0:

@@ -32,9 +32,7 @@ def parser() -> argparse.ArgumentParser:
     from . import __version__
     from .commands import bench, convert, info, inspect
 
-    top = _Parser(
-        prog="sparsekern", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = _Parser(prog="sparsekern", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"sparsekern {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for module in (info, inspect, convert, bench):

@@ -56,7 +56,8 @@ def dense_weight(w: Any) -> Tensor:
         w = torch.from_numpy(w.toarray())
     else:
         raise TypeError(
-            f"the weight must be a torch.Tensor (dense, COO, CSR, CSC, BSR) or a scipy.sparse matrix, got {type(w).__name__}"
+            "the weight must be a torch.Tensor (dense, COO, CSR, CSC, BSR) or a scipy.sparse matrix, "
+            f"got {type(w).__name__}"
         )
     if w.dim() != 2:
         raise ValueError(f"the weight must be a matrix [N, K], got shape {tuple(w.shape)}")

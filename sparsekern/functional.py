@@ -54,7 +54,11 @@ def linear(
 
 
 def linear_operand(
-    w: Operand, x: Tensor, bias: Tensor | None = None, activation: str | None = None, backend: str | None = None
+    w: Operand,
+    x: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """`linear` on an Operand: the way modules call it."""
     activation = activation or "none"
@@ -163,7 +167,12 @@ def _count(shape: torch.Size) -> int:
 
 def _autocast(x: Tensor, w: Operand, bias: Tensor | None) -> tuple[Tensor, Operand, Tensor | None]:
     device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+    if (
+        device == "meta"
+        or not torch.is_autocast_enabled(device)
+        or not x.is_floating_point()
+        or x.dtype == torch.float64
+    ):
         return x, w, bias
     dtype = torch.get_autocast_dtype(device)
     values = w.values if w.values.dtype == torch.int8 else w.values.to(dtype)
@@ -182,7 +191,8 @@ def _check_is_dense(x: Any) -> None:
 def _check_tokens(w: Operand, x: Tensor, last: int, letter: str) -> None:
     if x.dim() < 1 or x.shape[-1] != last:
         raise ValueError(
-            f"x must have shape [..., {letter} = {last}] for a weight of shape {tuple(w.dims[:2])}, got {tuple(x.shape)}"
+            f"x must have shape [..., {letter} = {last}] for a weight of shape {tuple(w.dims[:2])}, "
+            f"got {tuple(x.shape)}"
         )
     _check_types(w, x)
 

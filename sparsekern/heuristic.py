@@ -44,9 +44,7 @@ _INDEX_BYTES = {"csr": 4.0, "bsr": 0.0, "sp24": 0.25, "bitmap": 0.0}  # beside e
 _PANEL_NS = 0.32  # to bring a byte of x or y into the order of the kernels and back
 
 
-def predict(
-    device: str, format: str, op: str, m: int, n: int, k: int, dtype: torch.dtype, density: float
-) -> Expected:
+def predict(device: str, format: str, op: str, m: int, n: int, k: int, dtype: torch.dtype, density: float) -> Expected:
     """The backend, regime and speed-up over dense of one call Y[M, N] = X[M, K] W^T (or its mm_t, sddmm).
 
     device: "cpu-" and an instruction set (portable, avx2, avx512, avx512_bf16, amx), "cpu" without compiled

@@ -25,7 +25,7 @@ class Operand(NamedTuple):
 
     format: str
     values: Tensor
-    index: tuple[Tensor, ...]
+    index: tuple[Tensor, ...]  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     scale: Tensor | None
     dims: tuple[int, ...]
 

@@ -31,9 +31,7 @@ class Crowded:
 
     def __str__(self) -> str:
         shown = ", ".join(f"{v:g}" for v in self.values)
-        return (
-            f"row {self.row}, group {self.group} (columns {4 * self.group}..{4 * self.group + 3}): [{shown}]"
-        )
+        return f"row {self.row}, group {self.group} (columns {4 * self.group}..{4 * self.group + 3}): [{shown}]"
 
 
 @dataclass(frozen=True)
@@ -294,9 +292,7 @@ def _choose(found: Patterns, min_sparsity: float) -> Suggestion:
         best = min(orders, key=lambda o: o.blocks[block])
         share = best.blocks[block]
         if share <= BLOCK_WASTE * found.density and share <= 1 - min_sparsity:
-            return Suggestion(
-                "bsr", best.name, block, f"{share:.0%} of the {block}x{block} blocks hold a nonzero"
-            )
+            return Suggestion("bsr", best.name, block, f"{share:.0%} of the {block}x{block} blocks hold a nonzero")
     exact = next((o.name for o in orders if o.is_24), None)
     if exact is not None and found.density >= CSR_BELOW:
         return Suggestion("sp24", exact, None, f"exactly 2:4 along {exact}")

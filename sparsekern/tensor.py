@@ -59,13 +59,13 @@ class SparseTensor(torch.Tensor):
         self.packed.check()
         return self
 
-    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:  # type: ignore[override]
+    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         """The dense tensor, in `dtype` where given. Differentiable in the values."""
         dense = _ToDense.apply(self) if self.requires_grad and torch.is_grad_enabled() else self.packed.to_dense()
         dense = dense.t() if self.transposed else dense
         return dense if dtype is None else dense.to(dtype)
 
-    def t(self) -> SparseTensor:  # type: ignore[override]
+    def t(self) -> SparseTensor:
         """The transpose, a view: nothing is copied."""
         return _Transpose.apply(self)
 
@@ -73,7 +73,7 @@ class SparseTensor(torch.Tensor):
     def T(self) -> SparseTensor:  # type: ignore[override]
         return self.t()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         kind = ", transposed" if self.transposed else ""
         grad = ", requires_grad=True" if self.requires_grad else ""
         return (
@@ -84,7 +84,7 @@ class SparseTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseTensor:
         copy = _wrap(self.packed.map(lambda t: t.detach().clone()), self.transposed, self.requires_grad)
         if getattr(self, "_is_param", False):
-            copy._is_param = True  # type: ignore[attr-defined]
+            copy._is_param = True
         memo[id(self)] = copy
         return copy
 
@@ -98,7 +98,9 @@ class SparseTensor(torch.Tensor):
         return names, (self.packed.format, self.packed.dims, self.transposed)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any) -> SparseTensor:
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
+    ) -> SparseTensor:
         format, dims, transposed = context
         layout = FORMATS[format].layout
         index = tuple(inner[f"_t_{name}"] for name in layout.index_fields)
@@ -114,7 +116,7 @@ class SparseTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         handler = _DISPATCH.get(func)
         if handler is None and "_foreach_" in func._schema.name:
             handler = _foreach
@@ -170,7 +172,7 @@ class _Values(torch.autograd.Function):
         return w.packed.values.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> SparseTensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> SparseTensor:
         return _wrap(ctx.packed.with_values(grad), ctx.transposed)
 
 
@@ -181,7 +183,7 @@ class _ToDense(torch.autograd.Function):
         return w.packed.to_dense()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> SparseTensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> SparseTensor:
         return _wrap(ctx.packed.with_values(ctx.packed.sample(grad)), ctx.transposed)
 
 
@@ -191,7 +193,7 @@ class _Transpose(torch.autograd.Function):
         return _wrap(w.packed, not w.transposed)
 
     @staticmethod
-    def backward(ctx: Any, grad: SparseTensor) -> SparseTensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: SparseTensor) -> SparseTensor:
         return _wrap(grad.packed, not grad.transposed)
 
 
@@ -332,7 +334,10 @@ def _foreach(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _norm(func: Any, args: Any, kwargs: Any) -> Tensor:
     """The norm of all entries: zeros that are not stored add nothing to a norm of order >= 0."""
-    w, order, dim, *rest = (*args, *(2, None)[len(args) - 1 :])
+    w: SparseTensor = args[0]
+    given: tuple[Any, ...] = args[1:]
+    defaults: tuple[Any, ...] = (2, None)
+    order, dim, *rest = given + defaults[len(given) :]
     if order < 0 or dim is not None:
         raise NotImplementedError(f"{func} of order {order} over dim {dim} on a SparseTensor; use .to_dense()")
     values = w.packed.values if w.packed.scale is None else w.packed.to_dense()
@@ -366,5 +371,5 @@ _DISPATCH: dict[Any, Callable[..., Any]] = {
     aten.full_like.default: _like,
     aten.linalg_vector_norm.default: _norm,
     aten.t.default: lambda func, args, kwargs: _wrap(args[0].packed, not args[0].transposed),
-    **{op: _pointwise for op in _POINTWISE},
+    **dict.fromkeys(_POINTWISE, _pointwise),
 }

@@ -88,24 +88,17 @@ def pack(format: str, dense: Tensor, block: int | tuple[int, int] = 4, scale: Te
     return FORMATS[format].pack(dense, **options)
 
 
-def skewed_weight(
-    n: int, k: int, dtype: torch.dtype = torch.float32, density: float = 0.1, seed: int = 0
-) -> Tensor:
+def skewed_weight(n: int, k: int, dtype: torch.dtype = torch.float32, density: float = 0.1, seed: int = 0) -> Tensor:
     """Unstructured, with row densities that fall as a power law: few rows nearly full, many nearly empty."""
     rng = generator(seed + 2)
     share = 1.0 / torch.arange(1, n + 1, dtype=torch.float64) ** 0.8
     share = (share / share.mean() * density if n else share).clamp(max=1.0)
-    keep = (
-        torch.rand(n, k, generator=rng, dtype=torch.float64)
-        < share[torch.randperm(n, generator=rng)][:, None]
-    )
+    keep = torch.rand(n, k, generator=rng, dtype=torch.float64) < share[torch.randperm(n, generator=rng)][:, None]
     w = random_dense(n, k, dtype=dtype, seed=seed)
     return torch.where(keep, w, torch.zeros_like(w))
 
 
-def dlmc_like(
-    n: int, k: int, dtype: torch.dtype = torch.float32, density: float = 0.1, seed: int = 0
-) -> Tensor:
+def dlmc_like(n: int, k: int, dtype: torch.dtype = torch.float32, density: float = 0.1, seed: int = 0) -> Tensor:
     """Pruned by magnitude as a trained layer is: normal weights times log-normal scales of rows and columns,
     one threshold for all. Rows differ in length as in the DLMC collection (Gale et al., arXiv 2006.10901)."""
     rng = generator(seed + 3)
@@ -152,9 +145,7 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
     return distance / size if size else (0.0 if distance == 0 else float("inf"))
 
 
-def assert_close(
-    out: Tensor, ref64: Tensor, dtype: torch.dtype | None = None, *, tol: float | None = None
-) -> None:
+def assert_close(out: Tensor, ref64: Tensor, dtype: torch.dtype | None = None, *, tol: float | None = None) -> None:
     """Raises AssertionError unless `out` equals the float64 reference within the tolerance of its type.
 
     `dtype` is the type that `out` must have (default: whatever it has). Beside the norm every single entry is
@@ -179,9 +170,7 @@ def assert_close(
 
 
 def _worst(o: Tensor, r: Tensor) -> str:
-    wrong = torch.where(
-        torch.isnan(o) & torch.isnan(r) | (o == r), 0.0, (o - r).abs().nan_to_num(float("inf"))
-    )
+    wrong = torch.where(torch.isnan(o) & torch.isnan(r) | (o == r), 0.0, (o - r).abs().nan_to_num(float("inf")))
     at = tuple(int(i) for i in torch.unravel_index(wrong.argmax(), wrong.shape)) if wrong.numel() else ()
     return f"worst at {at}: {float(o[at]):g}, expected {float(r[at]):g}" if wrong.numel() else "empty"
 
@@ -237,9 +226,7 @@ class Guarded:
         changed = (self._bytes() != self._before).nonzero()
         if len(changed):
             at = int(changed[0]) // self.memory.element_size()
-            where = (
-                f"{GUARD - at} before the start" if at < GUARD else f"{at - GUARD} into the rear band or gaps"
-            )
+            where = f"{GUARD - at} before the start" if at < GUARD else f"{at - GUARD} into the rear band or gaps"
             raise AssertionError(f"wrote outside a tensor of shape {tuple(self.tensor.shape)}: {where}")
 
 
@@ -257,9 +244,7 @@ def guarded_layout(layout: Layout) -> tuple[Layout, Callable[[], None]]:
     def check() -> None:
         for (name, guard), original in zip(guards.items(), originals, strict=True):
             guard.check()
-            if original.numel() and not torch.equal(
-                guard.tensor.view(torch.uint8), original.view(torch.uint8)
-            ):
+            if original.numel() and not torch.equal(guard.tensor.view(torch.uint8), original.view(torch.uint8)):
                 raise AssertionError(f"{name} was written to")
 
     return layout.map(lambda t: by_id[id(t)]), check

@@ -296,9 +296,7 @@ def measure(
     runs: list[dict[str, Record]] = []
     for longer in (1, 2, 4):
         with torch.no_grad():
-            times = interleave(
-                {"dense": dense, **variants}, repeats=200 * longer, warmup=2, seconds=longer * seconds
-            )
+            times = interleave({"dense": dense, **variants}, repeats=200 * longer, warmup=2, seconds=longer * seconds)
         base = times.pop("dense")
         runs.append(
             {
@@ -330,9 +328,7 @@ def backend_for(op: str, layout: Any, x: torch.Tensor, names: tuple[str, ...]) -
     key = (*place, torch.get_num_threads())
     if key not in _chosen:
         dtype = str(x.dtype).removeprefix("torch.")
-        case = Case(
-            op, described(layout.format, layout.dims[2:]), "", dtype, m, n, k, stored_share(layout), device
-        )
+        case = Case(op, described(layout.format, layout.dims[2:]), "", dtype, m, n, k, stored_share(layout), device)
         known = {name: lookup(replace(case, backend=name)) for name in names}
         times = {name: record.sparse for name, record in known.items() if record is not None}
         _chosen[key] = min(times, key=lambda name: times[name]) if len(times) > 1 else None

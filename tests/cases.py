@@ -25,9 +25,7 @@ class Case:
     def __str__(self) -> str:
         return f"bsr{self.block[0]}x{self.block[1]}" if self.format == "bsr" else self.format
 
-    def dense(
-        self, n: int, k: int, dtype: torch.dtype = torch.float32, density: float = 0.5, seed: int = 0
-    ) -> Tensor:
+    def dense(self, n: int, k: int, dtype: torch.dtype = torch.float32, density: float = 0.5, seed: int = 0) -> Tensor:
         return testing.random_weight(self.format, n, k, dtype, density, self.block, seed)
 
     def pack(self, dense: Tensor, scale: Tensor | None = None) -> Layout:
@@ -47,10 +45,7 @@ class Case:
 FOUR = (Case("sp24"), Case("bsr", (4, 4)), Case("csr"), Case("bitmap"))
 ALL = (
     Case("sp24"),
-    *(
-        Case("bsr", block)
-        for block in ((1, 1), (3, 5), (4, 4), (8, 1), (16, 16), (16, 32), (32, 32), (64, 64))
-    ),
+    *(Case("bsr", block) for block in ((1, 1), (3, 5), (4, 4), (8, 1), (16, 16), (16, 32), (32, 32), (64, 64))),
     Case("csr"),
     Case("bitmap"),
 )

@@ -189,9 +189,7 @@ def test_only_what_is_asked_for(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
         sk.linear(x.clone().requires_grad_(x_grad), w).sum().backward()
         assert called == expected
     with torch.no_grad():
-        assert (
-            sk.linear(x.clone().requires_grad_(), sk.SparseTensor(packed, requires_grad=True)).grad_fn is None
-        )
+        assert sk.linear(x.clone().requires_grad_(), sk.SparseTensor(packed, requires_grad=True)).grad_fn is None
 
 
 @param(FOUR)

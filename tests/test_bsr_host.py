@@ -97,7 +97,11 @@ def check(out, ref, dtype):
 def test_products(isa, block, dtype):
     for n, k, m in ((67, 131, 19), (128, 192, 33), (64, 64, 3), (96, 160, 1), (130, 70, 70)):
         w = make(n, k, block, dtype=dtype, empty_rows=(0,) if m == 33 else ())
-        x, dy, bias = normal(m, k, dtype=dtype), normal(m, n, dtype=dtype, seed=2), normal(n, dtype=dtype, seed=3)
+        x, dy, bias = (
+            normal(m, k, dtype=dtype),
+            normal(m, n, dtype=dtype, seed=2),
+            normal(n, dtype=dtype, seed=3),
+        )
         d = dense64(w)
         check(host.mm(w, x, bias, "none"), x.double() @ d.t() + bias.double(), dtype)
         check(host.mm_t(w, dy), dy.double() @ d, dtype)

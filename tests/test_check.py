@@ -256,9 +256,7 @@ def mutate(draw: st.DrawFn, t: Tensor) -> Tensor:
     if how == "long":
         return torch.cat((t, t))
     if how == "type":
-        other = draw(
-            st.sampled_from([torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool, torch.float16])
-        )
+        other = draw(st.sampled_from([torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool, torch.float16]))
         return t.nan_to_num(0).to(other) if t.is_floating_point() else t.to(other)
     if how == "dim":
         return t[None]
@@ -277,11 +275,7 @@ def is_right(packed: Layout) -> bool:
         return False
     if isinstance(packed, sk.Sp24):
         kp = -(-k // 8) * 8
-        if (
-            packed.meta.dtype != torch.uint8
-            or packed.meta.shape != (n, kp // 8)
-            or values.shape != (n, kp // 2)
-        ):
+        if packed.meta.dtype != torch.uint8 or packed.meta.shape != (n, kp // 8) or values.shape != (n, kp // 2):
             return False
         for row in range(n):
             for group in range(kp // 4):
@@ -295,9 +289,7 @@ def is_right(packed: Layout) -> bool:
         return True
     starts = packed.offsets if isinstance(packed, sk.Bitmap) else packed.crow  # type: ignore[attr-defined]
     rows = -(-n // packed.block[0]) if isinstance(packed, sk.Bsr) else n
-    if starts.dtype != (torch.int64 if isinstance(packed, sk.Bitmap) else torch.int32) or starts.shape != (
-        rows + 1,
-    ):
+    if starts.dtype != (torch.int64 if isinstance(packed, sk.Bitmap) else torch.int32) or starts.shape != (rows + 1,):
         return False
     edges = starts.tolist()
     stored = values.shape[0] if values.dim() else 0
@@ -324,8 +316,7 @@ def is_right(packed: Layout) -> bool:
         for at, j in zip(range(edges[row], edges[row + 1]), columns, strict=True):
             block = values[at].reshape(r, c)
             outside = [
-                float(v)
-                for v in (*block[max(0, n - row * r) :].flatten(), *block[:, max(0, k - j * c) :].flatten())
+                float(v) for v in (*block[max(0, n - row * r) :].flatten(), *block[:, max(0, k - j * c) :].flatten())
             ]
             if any(v != 0 for v in outside):
                 return False
@@ -392,9 +383,7 @@ def test_hostile_pickle(case: Case) -> None:
 
 SPOILERS = (
     lambda t: t[:-1],
-    lambda t: (
-        t[None] if t.is_floating_point() else put(t, (0,) * t.dim(), 0 if t.dtype == torch.uint8 else 77)
-    ),
+    lambda t: t[None] if t.is_floating_point() else put(t, (0,) * t.dim(), 0 if t.dtype == torch.uint8 else 77),
     lambda t: t.to(torch.complex64),
 )
 

@@ -45,9 +45,7 @@ def sparse_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 def dense_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     linears = [nn.Linear(40, 40) for _ in FORMATS]
-    model = nn.Sequential(
-        nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), *linears, nn.LayerNorm(40), nn.Linear(40, 3)
-    )
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), *linears, nn.LayerNorm(40), nn.Linear(40, 3))
     return model.to(dtype)
 
 
@@ -137,9 +135,7 @@ def test_a_sparse_weight_fills_a_module_of_another_format_and_an_embedding(tmp_p
     before = {k: v.clone() for k, v in Model(sparse_linear("sp24")).state_dict().items()}
     refusing = Model(sparse_linear("sp24"))
     refusing.load_state_dict(before)
-    with pytest.raises(
-        ValueError, match=r"'fc.weight' does not fit the model's sp24 module: .* not 2:4: row"
-    ):
+    with pytest.raises(ValueError, match=r"'fc.weight' does not fit the model's sp24 module: .* not 2:4: row"):
         checkpoint.load(tmp_path / "m.safetensors", refusing)
     for name, t in refusing.state_dict().items():
         assert torch.equal(t, before[name]), name  # nothing was half done
@@ -226,9 +222,7 @@ def test_what_is_missing_or_too_much(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="unexpected"):
         checkpoint.load(tmp_path / "m.safetensors", nn.Sequential(nn.ReLU()))
     model = nn.Sequential(nn.Linear(40, 25))
-    with pytest.raises(
-        ValueError, match=r"'0.weight' has shape \(24, 40\) in the file, \(25, 40\) in the model"
-    ):
+    with pytest.raises(ValueError, match=r"'0.weight' has shape \(24, 40\) in the file, \(25, 40\) in the model"):
         checkpoint.load(tmp_path / "m.safetensors", model)
     assert type(model[0]) is nn.Linear
     with pytest.raises(TypeError, match="'n' is a int"):
@@ -419,16 +413,12 @@ def test_masks_of_others(tmp_path: Path) -> None:
         assert weight.source == source
         assert torch.equal(weight.dense(), pruned), name
     assert read["e.weight"].tensor is None
-    with pytest.raises(
-        ValueError, match=r"'e.weight' \(compressed-tensors marlin-24\): a GPU's register order"
-    ):
+    with pytest.raises(ValueError, match=r"'e.weight' \(compressed-tensors marlin-24\): a GPU's register order"):
         checkpoint.load(tmp_path / "m.pt")
 
 
 def test_a_state_dict_says_what_it_cannot(tmp_path: Path) -> None:
-    torch.save(
-        {f"{f}.{k}": v for f in FORMATS for k, v in sparse_linear(f).state_dict().items()}, tmp_path / "m.pt"
-    )
+    torch.save({f"{f}.{k}": v for f in FORMATS for k, v in sparse_linear(f).state_dict().items()}, tmp_path / "m.pt")
     read = {weight.name: weight for weight in checkpoint.read_weights(tmp_path / "m.pt")}
     for format in ("sp24", "bitmap"):
         assert torch.equal(read[f"{format}.weight"].dense(), sparse_linear(format).dense_weight())

@@ -51,9 +51,7 @@ def survives(path: Path) -> bool:
 
 @pytest.mark.parametrize("name", ["ours.safetensors", "theirs.safetensors", "torch.pt"])
 @given(data=st.data())
-def test_flipped_bits(
-    valid: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, name: str, data: Any
-) -> None:
+def test_flipped_bits(valid: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, name: str, data: Any) -> None:
     broken = bytearray(valid[name])
     header = 8 + int.from_bytes(broken[:8], "little") if name.endswith("safetensors") else len(broken)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -67,9 +65,7 @@ def test_flipped_bits(
 
 @pytest.mark.parametrize("name", ["ours.safetensors", "theirs.safetensors", "torch.pt"])
 @given(share=st.floats(0, 1))
-def test_truncated(
-    valid: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, name: str, share: float
-) -> None:
+def test_truncated(valid: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, name: str, share: float) -> None:
     whole = valid[name]
     path = tmp_path_factory.getbasetemp() / f"truncated-{name}"
     path.write_bytes(whole[: min(int(share * len(whole)), len(whole) - 1)])

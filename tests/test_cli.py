@@ -175,9 +175,7 @@ def test_inspect_explains_near_misses(capsys: pytest.CaptureFixture[str], files:
 
 
 def test_inspect_as_a_table(capsys: pytest.CaptureFixture[str], files: Path) -> None:
-    text = run(
-        capsys, "inspect", files / "m.safetensors", "--exclude", "conv|embed", "--device", "cpu-avx512"
-    )
+    text = run(capsys, "inspect", files / "m.safetensors", "--exclude", "conv|embed", "--device", "cpu-avx512")
     assert "enc.dense[0].weight" in text  # not taken for markup
     assert "yes (k)" in text
     assert "1 of 2048 groups (k)" in text
@@ -234,9 +232,7 @@ def test_there_and_back_is_exact(
 
 
 def test_a_converted_file_runs_in_the_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    model = nn.Sequential(
-        nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(8 * 9, 16), nn.ReLU(), nn.Linear(16, 4)
-    )
+    model = nn.Sequential(nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(8 * 9, 16), nn.ReLU(), nn.Linear(16, 4))
     model[0].weight.data.copy_(pruned_24((8, 16, 3, 3), "rsc"))
     model[2].weight.data.copy_(random_weight("csr", 16, 72, density=0.1))
     torch.save(model.state_dict(), tmp_path / "m.pt")
@@ -339,17 +335,13 @@ def test_compressed_tensors_there_and_back(
             assert torch.equal(restored[name], t), name
 
 
-def test_shards_metadata_and_ties_survive(
-    capsys: pytest.CaptureFixture[str], files: Path, tmp_path: Path
-) -> None:
+def test_shards_metadata_and_ties_survive(capsys: pytest.CaptureFixture[str], files: Path, tmp_path: Path) -> None:
     said = run_json(capsys, "convert", files / "m.safetensors", tmp_path / "out", "--shard-size", 5e-5)
     assert len(said["files"]) > 3
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
     w = sk.to_csr(random_weight("csr", 16, 16, density=0.2))
     checkpoint.save({"a.weight": w, "b.weight": w}, tmp_path / "tied.safetensors", {"author": "me"})
-    run(
-        capsys, "convert", tmp_path / "tied.safetensors", tmp_path / "again.safetensors", "--format", "bitmap"
-    )
+    run(capsys, "convert", tmp_path / "tied.safetensors", tmp_path / "again.safetensors", "--format", "bitmap")
     read = checkpoint.load(tmp_path / "again.safetensors")
     assert read["a.weight"] is read["b.weight"]
     assert checkpoint.open_tensors(tmp_path / "again.safetensors").metadata["author"] == "me"
@@ -510,9 +502,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_conversion_leaves_nothing_behind(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_failed_conversion_leaves_nothing_behind(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     torch.save({"a.weight": torch.randn(64, 64), "b.weight": torch.randn(64, 64)} | MARLIN, tmp_path / "m.pt")
     for out in ("o.safetensors", "o"):
         args = ("convert", tmp_path / "m.pt", tmp_path / out, "--shard-size", 1e-5)
@@ -542,9 +532,7 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], command: str)
 def process(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:
     root = Path(sk.__file__).parent.parent
     env = os.environ | {"PYTHONPATH": str(root)}
-    return subprocess.run(
-        [sys.executable, "-m", "sparsekern", *args], capture_output=True, text=True, env=env, **more
-    )
+    return subprocess.run([sys.executable, "-m", "sparsekern", *args], capture_output=True, text=True, env=env, **more)
 
 
 def test_the_process(files: Path, tmp_path: Path) -> None:

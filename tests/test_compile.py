@@ -51,9 +51,7 @@ def test_opcheck(case: Case, strides: str, dtype: torch.dtype) -> None:
 
 @param(QUANTISED[:3])
 def test_opcheck_int8(case: Case) -> None:
-    format, values, index, scale, dims = case.pack(
-        case.dense(N, K, torch.int8), testing.random_scale(N)
-    ).operand
+    format, values, index, scale, dims = case.pack(case.dense(N, K, torch.int8), testing.random_scale(N)).operand
     weight = (values, list(index), scale, list(dims))
     for dtype in (torch.int8, torch.float32):
         x = random_dense(5, K, dtype=dtype)
@@ -67,9 +65,7 @@ def test_compile_functions(case: Case) -> None:
     w = sk.SparseTensor(case.pack(dense))
     bias = random_dense(N, seed=3)
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    linear = torch.compile(
-        lambda x: sk.linear(x, w, bias, "silu"), fullgraph=True, backend=frames, dynamic=True
-    )
+    linear = torch.compile(lambda x: sk.linear(x, w, bias, "silu"), fullgraph=True, backend=frames, dynamic=True)
     for m in (5, 2, 33, 7):
         x = random_dense(m, K, seed=m)
         assert_close(linear(x), reference_mm(dense, x, bias, "silu"), torch.float32)

@@ -63,9 +63,7 @@ def images(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False, 
     return x.to(memory_format=LAST) if last else x
 
 
-def check(
-    weight: Tensor, x: Tensor, format: str, order: str, backend: str, bias: bool = True, **how: object
-) -> None:
+def check(weight: Tensor, x: Tensor, format: str, order: str, backend: str, bias: bool = True, **how: object) -> None:
     """Forward and all gradients of one convolution against torch's dense one in float64."""
     dtype, packed = x.dtype, layout(weight, format, order).to(dtype=x.dtype)
     kernel = tuple(weight.shape[2:])
@@ -81,9 +79,7 @@ def check(
     assert_close(relu, ref.relu(), dtype)
     assert (
         y.is_contiguous(
-            memory_format=LAST
-            if x.is_contiguous(memory_format=LAST) and x.shape[1] > 1
-            else torch.contiguous_format
+            memory_format=LAST if x.is_contiguous(memory_format=LAST) and x.shape[1] > 1 else torch.contiguous_format
         )
         or y.shape[1] == 1
         or y.shape[2:] == (1, 1)
@@ -136,9 +132,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize(
-    "case", GEOMETRIES, ids=lambda c: "k{}x{}c{}o{}g{}s{}p{}d{}i{}x{}".format(*c[0], *c[1:])
-)
+@pytest.mark.parametrize("case", GEOMETRIES, ids=lambda c: "k{}x{}c{}o{}g{}s{}p{}d{}i{}x{}".format(*c[0], *c[1:]))
 def test_geometries(case, last, backend):
     kernel, c, o, groups, stride, padding, dilation, h, w = case
     for order in ("crs", "rsc"):
@@ -222,9 +216,7 @@ def test_gradcheck(format):
     b = images(4, dtype=torch.float64).requires_grad_()
 
     def call(x, values, b):
-        return conv2d(
-            x, packed.with_values(values), b, stride=(2, 1), padding=1, kernel_size=(2, 3), activation="silu"
-        )
+        return conv2d(x, packed.with_values(values), b, stride=(2, 1), padding=1, kernel_size=(2, 3), activation="silu")
 
     # Padded places of a block or group take no gradient, so only the others are free to move.
     live = packed.sample(torch.ones(packed.shape, dtype=torch.float64))
@@ -239,9 +231,7 @@ def twin(format: str = "csr", order: str = "auto", **how: object) -> tuple[nn.Co
     torch.manual_seed(0)
     dense = nn.Conv2d(8, 12, 3, **how)
     with torch.no_grad():
-        dense.weight.copy_(
-            pruned(tuple(dense.weight.shape), "crs" if order == "auto" else order, format=format)
-        )
+        dense.weight.copy_(pruned(tuple(dense.weight.shape), "crs" if order == "auto" else order, format=format))
     return dense, SparseConv2d.from_dense(dense, format=format, order=order, block_size=4)
 
 
@@ -320,9 +310,7 @@ def test_checkpoints(format):
     file = io.BytesIO()
     torch.save(sparse.state_dict(), file)
     file.seek(0)
-    other = SparseConv2d(
-        8, 12, 3, format=format, block_size=4, density=1.0
-    )  # order crs until it reads the file
+    other = SparseConv2d(8, 12, 3, format=format, block_size=4, density=1.0)  # order crs until it reads the file
     other.load_state_dict(torch.load(file, weights_only=True))
     assert other.order == "rsc"
     x = images(1, 8, 7, 7)
@@ -342,9 +330,7 @@ def test_checkpoints(format):
 def test_training_follows_the_dense_twin(format, optimizer):
     dense, sparse = twin(format, padding=1)
     sparse.bias = nn.Parameter(dense.bias.detach().clone())
-    mask = weight_of(
-        sparse.packed.with_values(torch.ones_like(sparse.values)).to_dense(), (3, 3), sparse.order
-    )
+    mask = weight_of(sparse.packed.with_values(torch.ones_like(sparse.values)).to_dense(), (3, 3), sparse.order)
     steps = [optimizer(m.parameters(), lr=0.01) for m in (dense, sparse)]
     for step in range(3):
         x = images(2, 8, 6, 6, seed=step)
@@ -408,9 +394,7 @@ def test_functional_conv2d_takes_a_sparse_weight():
     dense, _ = twin(padding=1, stride=2)
     w = sk.to_csr(dense.weight.detach().flatten(1))
     x = images(2, 8, 9, 9)
-    torch.testing.assert_close(
-        functional.conv2d(x, w, dense.bias, stride=2, padding=1), dense(x), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(functional.conv2d(x, w, dense.bias, stride=2, padding=1), dense(x), atol=1e-5, rtol=1e-4)
 
 
 # Refusals -------------------------------------------------------------------------------------------------

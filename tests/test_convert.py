@@ -58,9 +58,7 @@ class Clock:
     def __init__(self, times: Callable[[str, int], float], spread: float = 0.0) -> None:
         self.times, self.spread, self.calls = times, spread, 0
 
-    def __call__(
-        self, dense: Any, variants: dict[str, Any], *, m: int, seconds: float
-    ) -> dict[str, tune.Record]:
+    def __call__(self, dense: Any, variants: dict[str, Any], *, m: int, seconds: float) -> dict[str, tune.Record]:
         self.calls += 1
         out = {}
         for name, call in variants.items():
@@ -458,9 +456,7 @@ def test_equal_layers_are_measured_once_and_across_runs(clock) -> None:
 
 def test_convert_is_idempotent(clock) -> None:
     seen = clock(lambda format, m: 0.5e-3 if format == "csr" else 2e-3)
-    model = nn.Sequential(
-        *pruned(64, 32), *pruned(32, 64, pattern="unstructured", sparsity=0.9), nn.Linear(64, 8)
-    )
+    model = nn.Sequential(*pruned(64, 32), *pruned(32, 64, pattern="unstructured", sparsity=0.9), nn.Linear(64, 8))
     sk.prune.magnitude_(model[2], "2:4", keep_mask=False)
     options = {"sample": rand(4, 64), "progress": False, "filter_fn": None, "cache": False}
     first = sk.convert_(model, "auto", **options)
@@ -469,9 +465,7 @@ def test_convert_is_idempotent(clock) -> None:
     second = sk.convert_(model, "auto", **options)
     assert list(model) == kept
     assert seen.calls == timed
-    assert [row.status for row in second] == [
-        "sparse" if r.status == "converted" else r.status for r in first
-    ]
+    assert [row.status for row in second] == ["sparse" if r.status == "converted" else r.status for r in first]
     assert second["0"].reason == "sparse already"
 
 
@@ -643,9 +637,7 @@ def test_attention_is_left_alone_and_still_runs() -> None:
         want = model(x)
         report = sk.convert_(model, sample=x, policy="always")
         assert torch.allclose(model(x), want, atol=1e-5)
-        assert torch.allclose(
-            model(x, src_key_padding_mask=torch.zeros(2, 5, dtype=torch.bool)), want, atol=1e-5
-        )
+        assert torch.allclose(model(x, src_key_padding_mask=torch.zeros(2, 5, dtype=torch.bool)), want, atol=1e-5)
     assert report["layers.0.self_attn.out_proj"].reason == "nn.MultiheadAttention reads its weight directly"
     assert report["layers.1.self_attn.in_proj_weight"].status == "skipped"
     assert {r.layer for r in report.converted} == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
@@ -844,9 +836,7 @@ def test_convolutions(format: str, options: dict[str, Any], layout: torch.memory
 
 
 def test_a_conv_s_violation_names_both_orders() -> None:
-    with pytest.raises(
-        ValueError, match=r"0: not 2:4: crs: \d+ of 864 groups, first row 0.*; rsc: \d+ of 864"
-    ):
+    with pytest.raises(ValueError, match=r"0: not 2:4: crs: \d+ of 864 groups, first row 0.*; rsc: \d+ of 864"):
         sk.convert_(image_model(), "sp24", policy="always")
     report = sk.convert_(image_model(), "sp24", policy="always", prune=True)
     assert report["0"].status == "converted"

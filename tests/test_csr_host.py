@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from sparsekern._ext import DTYPES, host, why_not_host
 from sparsekern.csr import Csr, pack
 
@@ -198,7 +199,17 @@ def test_int8_values_for_other_formats(isa, m, scale):
     layout, x, y = pack(w), torch.randn(m, k), torch.full((m, n), float("nan"))
     scales, bias = torch.rand(n) if scale else None, torch.randn(n).bfloat16()
     host().csr_mm(
-        *(layout.values.data_ptr(), DTYPES[torch.int8], layout.crow.data_ptr(), layout.col.data_ptr(), n, k, 0, 0, 0),
+        *(
+            layout.values.data_ptr(),
+            DTYPES[torch.int8],
+            layout.crow.data_ptr(),
+            layout.col.data_ptr(),
+            n,
+            k,
+            0,
+            0,
+            0,
+        ),
         *(x.data_ptr(), 0, m, k, y.data_ptr(), n),
         *(0 if scales is None else scales.data_ptr(), bias.data_ptr(), DTYPES[torch.bfloat16], 0, 2),
     )

@@ -20,9 +20,7 @@ from sparsekern.nn.base import SparseModule
 from sparsekern.testing import timing
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = {
-    word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY"])
-}
+VOCABULARY = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY"])}
 CONFIG = {
     "model_type": "bert",
     "hidden_act": "gelu",

@@ -46,11 +46,7 @@ def role(module: str) -> str:
         if rest in LAUNCHERS:
             return "formats/launcher"
         return (
-            f"formats/{rest}"
-            if rest in ("layout", "pack")
-            else "formats/package"
-            if not rest
-            else "formats/launcher"
+            f"formats/{rest}" if rest in ("layout", "pack") else "formats/package" if not rest else "formats/launcher"
         )
     return head or "__init__"
 
@@ -104,9 +100,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 def module_part(name: str) -> str:
     """Cuts a dotted name down to the part that is a module or package of ours."""
     parts = name.split(".")
-    while parts and not (
-        (PACKAGE / Path(*parts)).is_dir() or (PACKAGE / Path(*parts)).with_suffix(".py").exists()
-    ):
+    while parts and not ((PACKAGE / Path(*parts)).is_dir() or (PACKAGE / Path(*parts)).with_suffix(".py").exists()):
         parts.pop()
     return ".".join(parts)
 
@@ -146,9 +140,7 @@ def sources() -> list[Path]:
     folders = ("sparsekern", "csrc", "tests", "bench", "scripts")
     found = [p for folder in folders for p in sorted((ROOT / folder).rglob("*")) if p.is_file()]
     kept = [
-        p
-        for p in found
-        if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".md", "") and "__pycache__" not in p.parts
+        p for p in found if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".md", "") and "__pycache__" not in p.parts
     ]
     return [*kept, ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "README.md"]
 

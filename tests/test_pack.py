@@ -25,9 +25,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     words = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
-    return torch.equal(a.isnan(), b.isnan()) and not bool(
-        ((a.view(words) != b.view(words)) & ~a.isnan()).any()
-    )
+    return torch.equal(a.isnan(), b.isnan()) and not bool(((a.view(words) != b.view(words)) & ~a.isnan()).any())
 
 
 # sp24, by hand ----------------------------
@@ -143,9 +141,7 @@ def test_prune_keeps_the_two_largest() -> None:
     assert kept[2].isnan()
     assert kept.tolist()[:2] + kept.tolist()[3:] == [0.0, 0.0, 3.0], "a pruned NaN would hide a broken weight"
     with_inf = torch.tensor([[1.0, 2.0, float("inf"), 3.0]])
-    assert sk.to_sparse_semi_structured(with_inf, prune=True).to_dense().tolist() == [
-        [0, 0, float("inf"), 3.0]
-    ]
+    assert sk.to_sparse_semi_structured(with_inf, prune=True).to_dense().tolist() == [[0, 0, float("inf"), 3.0]]
 
 
 # Every format ----------------------------
@@ -361,9 +357,7 @@ def test_format_to_format() -> None:
     dense = testing.random_weight("sp24", 24, 20, density=0.2)
     for first, second in itertools.permutations(converters().values(), 2):
         assert torch.equal(second(first(dense)).to_dense(), dense)  # type: ignore[operator]
-        transposed = (
-            second(first(dense.t().contiguous().t()).t()) if second is not converters()["sp24"] else None
-        )
+        transposed = second(first(dense.t().contiguous().t()).t()) if second is not converters()["sp24"] else None
         if transposed is not None and first is sk.to_csr and second is sk.to_bitmap:
             assert torch.equal(transposed.to_dense(), dense.t())
 
@@ -371,9 +365,7 @@ def test_format_to_format() -> None:
 def test_packing_is_quick() -> None:
     """4096 x 4096 within 30 ms on two quiet cores; here only that nothing is quadratic or in Python."""
     dense = testing.random_weight("sp24", 1024, 1024)
-    times = testing.measure(
-        {name: (lambda c=c: c(dense)) for name, c in converters().items()}, repeats=3, warmup=1
-    )
+    times = testing.measure({name: (lambda c=c: c(dense)) for name, c in converters().items()}, repeats=3, warmup=1)
     for name, t in times.items():
         print(f"{name}: 1024 x 1024 packed in {t}")
         assert t.median < 1.0

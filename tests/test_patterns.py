@@ -66,9 +66,7 @@ def test_analysis_is_the_definition(shape: tuple[int, ...], density: float, seed
 @pytest.mark.parametrize("format", ["sp24", "bsr", "csr", "bitmap"])
 @pytest.mark.parametrize("shape", [(48, 64), (33, 70), (5, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_of_the_packed_weight(
-    format: str, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_bytes_are_those_of_the_packed_weight(format: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     w = random_weight(format, *shape, dtype=dtype, density=0.4, block=16)
     pack = {
         "sp24": sk.to_sparse_semi_structured,

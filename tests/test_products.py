@@ -410,10 +410,7 @@ def test_linear_and_matmul_shapes(backend: Backend, case: Case, dtype: torch.dty
     dense = case.dense(n, k, dtype)
     w = sk.SparseTensor(case.pack(dense))
     bias = random_dense(n, dtype=dtype, seed=3)
-    if not (
-        backend.runs("mm", w.packed, bias[:1, None].expand(1, k))
-        and backend.runs("mm_t", w.packed, bias[None])
-    ):
+    if not (backend.runs("mm", w.packed, bias[:1, None].expand(1, k)) and backend.runs("mm_t", w.packed, bias[None])):
         return
     for lead in ((), (1,), (5,), (0,), (2, 3), (2, 0, 3), (2, 1, 3, 2)):
         x = random_dense(*lead, k, dtype=dtype, seed=1)
@@ -424,9 +421,7 @@ def test_linear_and_matmul_shapes(backend: Backend, case: Case, dtype: torch.dty
         assert_close(sk.matmul(dy, w, backend=backend.name), reference_mm_t(dense, dy), dtype)
         if lead:
             columns = x.transpose(-1, -2) if len(lead) > 1 else x.t()
-            assert_close(
-                sk.matmul(w, columns, backend=backend.name), dense.double() @ columns.double(), dtype
-            )
+            assert_close(sk.matmul(w, columns, backend=backend.name), dense.double() @ columns.double(), dtype)
             columns = dy.transpose(-1, -2)
             right = dense.double().t() @ columns.double()
             assert_close(sk.matmul(w.t(), columns, backend=backend.name), right, dtype)

@@ -53,9 +53,7 @@ def test_scores_refuse_what_has_no_order() -> None:
     axis=st.sampled_from([0, 1]),
     seed=st.integers(0, 99),
 )
-def test_nm_keeps_the_best_of_every_group(
-    n: int, k: int, keep: int, group: int, axis: int, seed: int
-) -> None:
+def test_nm_keeps_the_best_of_every_group(n: int, k: int, keep: int, group: int, axis: int, seed: int) -> None:
     s = score.magnitude(rand(n, k, seed=seed))
     mask = NM(keep, group, axis=axis).mask(s)
     rows, kept = (s, mask) if axis == 1 else (s.t(), mask.t())
@@ -68,9 +66,7 @@ def test_nm_keeps_the_best_of_every_group(
 
 def test_24_equals_the_packer_s_choice() -> None:
     w = rand(64, 72)
-    assert torch.equal(
-        NM().mask(score.magnitude(w)), sk.to_sparse_semi_structured(w, prune=True).to_dense() != 0
-    )
+    assert torch.equal(NM().mask(score.magnitude(w)), sk.to_sparse_semi_structured(w, prune=True).to_dense() != 0)
 
 
 @pytest.mark.parametrize("order", ["crs", "rsc"])
@@ -204,9 +200,7 @@ def test_masks_are_saved_and_copied() -> None:
     prune.magnitude_(other, "2:4")
     other.load_state_dict(model.state_dict())
     assert torch.equal(other[0].weight, model[0].weight)
-    assert torch.equal(
-        prune.finalize_(twin)[0].weight, model[0].weight
-    )  # and the original still has its mask
+    assert torch.equal(prune.finalize_(twin)[0].weight, model[0].weight)  # and the original still has its mask
     assert prune.mask_of(model[0]) is not None
     assert type(twin[0]) is nn.Linear
 

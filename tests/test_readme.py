@@ -14,7 +14,11 @@ EXAMPLES = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```python\n(.*?)```", (ROOT /
 
 
 def test_there_are_examples():
-    assert [name for name, _ in EXAMPLES][:3] == ["Swap a layer", "Convert a model", "Benchmark against dense"]
+    assert [name for name, _ in EXAMPLES][:3] == [
+        "Swap a layer",
+        "Convert a model",
+        "Benchmark against dense",
+    ]
 
 
 @pytest.mark.parametrize("code", [code for _, code in EXAMPLES], ids=[name for name, _ in EXAMPLES])

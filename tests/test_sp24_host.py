@@ -62,7 +62,9 @@ def test_every_token_count(isa, dtype):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("n, k", [(0, 8), (8, 0), (1, 1), (3, 4), (17, 24), (5, 520), (70, 1032), (33, 64), (130, 8)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(0, 8), (8, 0), (1, 1), (3, 4), (17, 24), (5, 520), (70, 1032), (33, 64), (130, 8)]
+)
 def test_shapes(isa, dtype, n, k):  # type: ignore[no-untyped-def]
     w = weight(n, k, dtype, density=0.4)
     for m in (0, 1, 2, 3, 6, 33):
@@ -70,7 +72,7 @@ def test_shapes(isa, dtype, n, k):  # type: ignore[no-untyped-def]
         assert_close(host_mm(sp24.pack(w), x), reference_mm(w, x), dtype)
 
 
-@pytest.mark.parametrize("x_dtype", (*FLOATS, torch.int8))
+@pytest.mark.parametrize("x_dtype", [*FLOATS, torch.int8])
 def test_int8(isa, x_dtype):  # type: ignore[no-untyped-def]
     w, scale = random_weight("sp24", 37, 1100, torch.int8), random_scale(37)
     layout, bias = sp24.pack(w, scale=scale), random_dense(37)
@@ -98,15 +100,19 @@ def test_each_nibble(isa):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("n, k", [(0, 8), (8, 0), (1, 1), (17, 24), (70, 1032), (37, 107)])
+@pytest.mark.parametrize(("n", "k"), [(0, 8), (8, 0), (1, 1), (17, 24), (70, 1032), (37, 107)])
 def test_gradients(isa, dtype, n, k):  # type: ignore[no-untyped-def]
     from sparsekern.sp24 import host
 
     w = weight(n, k, dtype, density=0.4)
     layout = sp24.pack(w)
     for m in (0, 1, 3, 33, 130):
-        dy, x = random_dense(m, n + 1, dtype=dtype, seed=m)[:, :n], random_dense(m, k, dtype=dtype, seed=m + 1)
-        assert host.why_not("mm_t", layout, dy) is None and host.why_not("sddmm", layout, x) is None
+        dy, x = (
+            random_dense(m, n + 1, dtype=dtype, seed=m)[:, :n],
+            random_dense(m, k, dtype=dtype, seed=m + 1),
+        )
+        assert host.why_not("mm_t", layout, dy) is None
+        assert host.why_not("sddmm", layout, x) is None
         with poisoned():
             dx, dvalues = host.mm_t(layout, dy), host.sddmm(layout, dy, x)
         assert_close(dx, reference_mm_t(w, dy), dtype)
@@ -124,10 +130,11 @@ def test_infinities_and_extremes(isa, dtype):  # type: ignore[no-untyped-def]
     assert_close(out[fine], reference_mm(w, x)[fine], dtype)
     hit = w[:, 7] != 0
     assert not torch.isfinite(out[5, hit]).any()
-    assert torch.isnan(out[9, w[:, 1] != 0]).all() and torch.isnan(ref[9]).all()
+    assert torch.isnan(out[9, w[:, 1] != 0]).all()
+    assert torch.isnan(ref[9]).all()
 
 
-@pytest.mark.parametrize("activation", ("none", "relu", "gelu", "gelu_tanh", "silu"))
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
 def test_epilogue(isa, activation):  # type: ignore[no-untyped-def]
     w, x, bias = random_weight("sp24", 19, 40), random_dense(7, 40, seed=1), random_dense(19, seed=2)
     assert_close(host_mm(sp24.pack(w), x, bias, activation), reference_mm(w, x, bias, activation))
@@ -154,22 +161,33 @@ def host_pack(dense, top2=False):  # type: ignore[no-untyped-def]
     meta = torch.empty(n, padded(k) // 8, dtype=torch.uint8)
     entry = _ext.host().sp24_pack_top2 if top2 else _ext.host().sp24_pack
     bad = entry(
-        dense.data_ptr(), _ext.DTYPES[dense.dtype], n, k, dense.stride(0), values.data_ptr(), meta.data_ptr(), 2
+        dense.data_ptr(),
+        _ext.DTYPES[dense.dtype],
+        n,
+        k,
+        dense.stride(0),
+        values.data_ptr(),
+        meta.data_ptr(),
+        2,
     )
     return values, meta, bad
 
 
-@pytest.mark.parametrize("dtype", (*FLOATS, torch.int8))
-@pytest.mark.parametrize("n, k", [(0, 8), (3, 0), (1, 1), (5, 13), (7, 24), (300, 500)])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
+@pytest.mark.parametrize(("n", "k"), [(0, 8), (3, 0), (1, 1), (5, 13), (7, 24), (300, 500)])
 def test_pack_is_the_oracles(isa, dtype, n, k):  # type: ignore[no-untyped-def]
     w = weight(n, k, dtype, density=0.35)
-    expected = Sp24(values=w.new_zeros(n, padded(k) // 2), meta=torch.zeros(n, padded(k) // 8, dtype=torch.uint8),
-                    shape=(n, k))
+    expected = Sp24(
+        values=w.new_zeros(n, padded(k) // 2),
+        meta=torch.zeros(n, padded(k) // 8, dtype=torch.uint8),
+        shape=(n, k),
+    )
     with poisoned():
         values, meta, bad = host_pack(w)
     assert bad in (-1, None)
-    packed = Sp24(values=values, meta=meta, shape=(n, k),
-                  scale=random_scale(n) if dtype == torch.int8 else None).check()
+    packed = Sp24(
+        values=values, meta=meta, shape=(n, k), scale=random_scale(n) if dtype == torch.int8 else None
+    ).check()
     assert torch.equal(packed.unpack(), w)
     assert expected.shape == packed.shape
     dense = torch.empty_like(w)
@@ -182,7 +200,14 @@ def test_pack_is_the_oracles(isa, dtype, n, k):  # type: ignore[no-untyped-def]
 
 def test_pack_specials(isa):  # type: ignore[no-untyped-def]
     nan, inf = float("nan"), float("inf")
-    rows = [[-0.0, 1, -0.0, 2], [nan, 0, 0, inf], [0, 0, 0, 0], [1e-45, 0, -1e-45, 0], [0, 0, 3, 0], [4, 0, 0, 0]]
+    rows = [
+        [-0.0, 1, -0.0, 2],
+        [nan, 0, 0, inf],
+        [0, 0, 0, 0],
+        [1e-45, 0, -1e-45, 0],
+        [0, 0, 3, 0],
+        [4, 0, 0, 0],
+    ]
     w = torch.tensor(rows).repeat(1, 5)
     values, meta, bad = host_pack(w)
     assert bad == -1
@@ -190,7 +215,7 @@ def test_pack_specials(isa):  # type: ignore[no-untyped-def]
     assert torch.equal(Sp24(values=values, meta=meta, shape=tuple(w.shape)).unpack().nan_to_num(7), w.nan_to_num(7))
 
 
-@pytest.mark.parametrize("dtype", (*FLOATS, torch.int8))
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
 def test_pack_names_the_first_violation(isa, dtype):  # type: ignore[no-untyped-def]
     for row, group, k in ((0, 0, 64), (5, 7, 64), (299, 15, 64), (17, 10, 43)):
         w = random_weight("sp24", 300, k, dtype)
@@ -199,7 +224,7 @@ def test_pack_names_the_first_violation(isa, dtype):  # type: ignore[no-untyped-
         assert host_pack(w)[2] == row * (padded(k) // 4) + group
 
 
-@pytest.mark.parametrize("dtype", (*FLOATS, torch.int8))
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
 def test_top2(isa, dtype):  # type: ignore[no-untyped-def]
     w = (random_dense(67, 101, seed=3) * 2).round().to(dtype)  # many ties
     w[0, :8] = torch.tensor([-128, 127, 127, -127, 0, 0, 0, 0]).to(dtype)
@@ -208,13 +233,16 @@ def test_top2(isa, dtype):  # type: ignore[no-untyped-def]
     order = torch.nn.functional.pad(wide, (0, 3)).reshape(67, -1, 4).abs().argsort(dim=-1, descending=True, stable=True)
     keep = torch.zeros(67, 26, 4).scatter_(-1, order[..., :2], 1).reshape(67, -1)[:, :101]
     scale = random_scale(67) if dtype == torch.int8 else None
-    assert torch.equal(Sp24(values=values, meta=meta, shape=(67, 101), scale=scale).check().unpack().float(), wide * keep)
+    assert torch.equal(
+        Sp24(values=values, meta=meta, shape=(67, 101), scale=scale).check().unpack().float(), wide * keep
+    )
 
 
 def test_check_finds_the_first_illegal_nibble(isa):  # type: ignore[no-untyped-def]
     check = _ext.host().sp24_check
     good = torch.full((200,), 0xE4, dtype=torch.uint8)
-    assert check(good.data_ptr(), 200) == -1 and check(0, 0) == -1
+    assert check(good.data_ptr(), 200) == -1
+    assert check(0, 0) == -1
     for place in (0, 1, 63, 64, 131, 398, 399):
         for nibble in set(range(16)) - set(LEGAL_NIBBLES):
             bad = good.clone()

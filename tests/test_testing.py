@@ -55,9 +55,7 @@ def test_tolerance_is_tight(dtype: torch.dtype) -> None:
     ref = torch.randn(100, 100, dtype=torch.float64)
     assert_close(ref.to(dtype), ref)
     with pytest.raises(AssertionError):
-        assert_close(
-            (ref * (1 + 8 * torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1))).to(dtype), ref
-        )
+        assert_close((ref * (1 + 8 * torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1))).to(dtype), ref)
 
 
 def test_poison_and_guard_bands() -> None:

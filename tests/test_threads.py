@@ -33,9 +33,7 @@ def test_threads_agree_to_the_bit(case: Case, dtype: torch.dtype, isa: str) -> N
             "sddmm": lambda: backend.sddmm(layout, dy, x),  # noqa: B023
         }
         with host_isa(isa):
-            for op in [
-                op for op, t in (("mm", x), ("mm_t", dy), ("sddmm", x)) if backend.runs(op, layout, t)
-            ]:
+            for op in [op for op, t in (("mm", x), ("mm_t", dy), ("sddmm", x)) if backend.runs(op, layout, t)]:
                 outs = []
                 for count in (1, 2, 3):
                     with threads(count), poisoned():

@@ -133,9 +133,7 @@ def test_optimizer_steps(make, case: Case, optimizer) -> None:  # type: ignore[n
     twin = nn.Linear(K, N)
     twin.weight, twin.bias = nn.Parameter(dense.clone()), nn.Parameter(bias.clone())
     stored = (
-        module.packed.with_values(torch.ones_like(module.packed.values))
-        if isinstance(module, SparseLinear)
-        else None
+        module.packed.with_values(torch.ones_like(module.packed.values)) if isinstance(module, SparseLinear) else None
     )
     layout = module.weight.packed if stored is None else module.packed
     mask = layout.with_values(torch.ones_like(layout.values.detach())).unpack() != 0

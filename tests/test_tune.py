@@ -141,9 +141,7 @@ def test_a_reader_never_sees_half_a_file() -> None:
         writer.join()
         assert writer.exitcode == 0
     tune.forget()
-    assert (
-        tune.lookup(replace(CASE, n=1, k=19)) is not None or tune.lookup(replace(CASE, n=2, k=19)) is not None
-    )
+    assert tune.lookup(replace(CASE, n=1, k=19)) is not None or tune.lookup(replace(CASE, n=2, k=19)) is not None
 
 
 GOOD = json.dumps({"version": tune.VERSION, "entries": {}})
@@ -314,16 +312,13 @@ def test_heuristic_names_every_format() -> None:
 @pytest.mark.parametrize("m", [1, 16, 128, 2048])
 def test_fewer_weights_are_never_slower(isa: str, format: str, m: int) -> None:
     gains = [
-        predict(f"cpu-{isa}", format, "mm", m, 2048, 2048, torch.float32, d).speedup
-        for d in (0.05, 0.2, 0.5, 0.9)
+        predict(f"cpu-{isa}", format, "mm", m, 2048, 2048, torch.float32, d).speedup for d in (0.05, 0.2, 0.5, 0.9)
     ]
     assert gains == sorted(gains, reverse=True)
 
 
 def test_predictions_know_the_known_cases() -> None:
-    def gain(
-        format: str, m: int, dtype: torch.dtype, density: float, size: int = 4096, isa: str = "amx"
-    ) -> float:
+    def gain(format: str, m: int, dtype: torch.dtype, density: float, size: int = 4096, isa: str = "amx") -> float:
         return predict(f"cpu-{isa}", format, "mm", m, size, size, dtype, density).speedup
 
     assert gain("csr", 128, torch.float32, 0.05) > 5

@@ -73,9 +73,8 @@ struct Expander {
 }  // namespace
 
 bool bitmap_mm_tiles(const Bitmap& w, const Dense& x, const Dense& y, const Epilogue& e, int threads) {
-    return dispatch_float(w.dtype, [&]<Dtype T>() {
-        return tile_mm<Expander<T>, T>({w}, w.n, x, y, e, w.n * w.k, threads);
-    });
+    return dispatch_float(w.dtype,
+                          [&]<Dtype T>() { return tile_mm<Expander<T>, T>({w}, w.n, x, y, e, w.n * w.k, threads); });
 }
 #endif
 SK_ISA_END

@@ -38,8 +38,8 @@ sk::BsrWeight weight(Pointer values, int dtype, Pointer scale, int64_t n, int64_
     return {at(values), Dtype(dtype), at<const float>(scale), n, k, r, c};
 }
 
-void mm(Pointer values, int dtype, Pointer scale, Pointer crow, Pointer col, int64_t n, int64_t k, int64_t r,
-        int64_t c, Pointer x, int x_dtype, int64_t m, int64_t ldx, Pointer y, int y_dtype, int64_t ldy, Pointer bias,
+void mm(Pointer values, int dtype, Pointer scale, Pointer crow, Pointer col, int64_t n, int64_t k, int64_t r, int64_t c,
+        Pointer x, int x_dtype, int64_t m, int64_t ldx, Pointer y, int y_dtype, int64_t ldy, Pointer bias,
         int bias_dtype, int activation, int threads) {
     py::gil_scoped_release release;
     table().mm({weight(values, dtype, scale, n, k, r, c),
@@ -78,29 +78,29 @@ void sddmm(Pointer dvalues, int dtype, Pointer crow, Pointer col, int64_t n, int
 void count(Pointer dense, int dtype, int64_t ld, int64_t n, int64_t k, int64_t r, int64_t c, Pointer flags,
            Pointer crow, int threads) {
     py::gil_scoped_release release;
-    table().count({at(dense), ld, Dtype(dtype), n, k, r, c, at<uint8_t>(flags), at<int32_t>(crow), nullptr, nullptr,
-                   threads});
+    table().count(
+        {at(dense), ld, Dtype(dtype), n, k, r, c, at<uint8_t>(flags), at<int32_t>(crow), nullptr, nullptr, threads});
 }
 
-void fill(Pointer dense, int dtype, int64_t ld, int64_t n, int64_t k, int64_t r, int64_t c, Pointer flags,
-          Pointer crow, Pointer col, Pointer values, int threads) {
+void fill(Pointer dense, int dtype, int64_t ld, int64_t n, int64_t k, int64_t r, int64_t c, Pointer flags, Pointer crow,
+          Pointer col, Pointer values, int threads) {
     py::gil_scoped_release release;
     table().fill({at(dense), ld, Dtype(dtype), n, k, r, c, at<uint8_t>(flags), at<int32_t>(crow), at<int32_t>(col),
                   at(values), threads});
 }
 
-void unpack(Pointer dense, int dtype, int64_t ld, int64_t n, int64_t k, int64_t r, int64_t c, Pointer crow,
-            Pointer col, Pointer values, int threads) {
+void unpack(Pointer dense, int dtype, int64_t ld, int64_t n, int64_t k, int64_t r, int64_t c, Pointer crow, Pointer col,
+            Pointer values, int threads) {
     py::gil_scoped_release release;
-    table().unpack({at(dense), ld, Dtype(dtype), n, k, r, c, nullptr, at<int32_t>(crow), at<int32_t>(col), at(values),
-                    threads});
+    table().unpack(
+        {at(dense), ld, Dtype(dtype), n, k, r, c, nullptr, at<int32_t>(crow), at<int32_t>(col), at(values), threads});
 }
 
 void transpose_index(Pointer crow, Pointer col, int64_t grid_rows, int64_t grid_cols, Pointer crow_t, Pointer row_t,
                      Pointer gather_t) {
     py::gil_scoped_release release;
-    table().transpose_index({at<const int32_t>(crow), at<const int32_t>(col), grid_rows, grid_cols,
-                             at<int32_t>(crow_t), at<int32_t>(row_t), at<int32_t>(gather_t)});
+    table().transpose_index({at<const int32_t>(crow), at<const int32_t>(col), grid_rows, grid_cols, at<int32_t>(crow_t),
+                             at<int32_t>(row_t), at<int32_t>(gather_t)});
 }
 
 }  // namespace

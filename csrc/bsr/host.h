@@ -12,9 +12,9 @@ namespace sk {
 
 struct BsrWeight {
     const void* values;
-    Dtype dtype;         // f32, bf16, f16 as the activations, or i8
-    const float* scale;  // [N] for i8, else null
-    int64_t rows, cols;  // N, K
+    Dtype dtype;                     // f32, bf16, f16 as the activations, or i8
+    const float* scale;              // [N] for i8, else null
+    int64_t rows, cols;              // N, K
     int64_t block_rows, block_cols;  // R, C
     int64_t grid_rows() const { return (rows + block_rows - 1) / block_rows; }
     int64_t grid_cols() const { return (cols + block_cols - 1) / block_cols; }
@@ -76,8 +76,8 @@ struct BsrTable {
     void (*transpose_index)(const BsrTransposeIndex&);
 };
 
-#define SK_BSR_TABLE(isa) \
-    namespace isa {       \
+#define SK_BSR_TABLE(isa)            \
+    namespace isa {                  \
     extern const BsrTable bsr_table; \
     }
 SK_BSR_TABLE(portable)

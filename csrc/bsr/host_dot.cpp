@@ -71,8 +71,14 @@ void product_dot(const Product& p) {
     floats.mode = Mode::f32;
     const auto run_group = [&](int64_t g) {
         float* c = static_cast<float*>(scratch(2, size_t(rows * kLanes * 4)));
-        const Rows a{static_cast<const char*>(p.w.values) + p.start[g] * bytes, p.index + p.start[g],
-                     p.start[g + 1] - p.start[g], rows, p.w.block_cols, x, ldx, c};
+        const Rows a{static_cast<const char*>(p.w.values) + p.start[g] * bytes,
+                     p.index + p.start[g],
+                     p.start[g + 1] - p.start[g],
+                     rows,
+                     p.w.block_cols,
+                     x,
+                     ldx,
+                     c};
         const auto run = [&]<Dtype T>() {
             switch (padded) {
                 case 1: return dot_group<T, 1>(a);

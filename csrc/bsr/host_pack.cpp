@@ -43,9 +43,7 @@ inline bool any_nonzero(const char* p, int64_t bytes, uint64_t mask) {
     return found != 0;
 }
 
-inline int threads_for(const BsrPack& a) {
-    return a.rows * a.cols * size_of(a.dtype) < kSerialBytes ? 1 : a.threads;
-}
+inline int threads_for(const BsrPack& a) { return a.rows * a.cols * size_of(a.dtype) < kSerialBytes ? 1 : a.threads; }
 
 // body(block row) for all block rows, in runs that several threads share.
 template <class Body>
@@ -102,8 +100,7 @@ void bsr_count(const BsrPack& a) {
             const char* row = static_cast<const char*>(a.dense) + (i * a.block_rows + r) * a.ld * size;
             for (int64_t c = 0; c < grid_cols; ++c)
                 if (!flags[c])
-                    flags[c] =
-                        any_nonzero(row + c * a.block_cols * size, part(a.cols, c, a.block_cols) * size, mask);
+                    flags[c] = any_nonzero(row + c * a.block_cols * size, part(a.cols, c, a.block_cols) * size, mask);
         }
         int32_t stored = 0;
         for (int64_t c = 0; c < grid_cols; ++c) stored += flags[c];

@@ -24,7 +24,8 @@ void bsr_mm(const BsrMm& a) {
 }
 
 void bsr_mm_t(const BsrMmT& a) {
-    Product p{a.w, true, a.crow_t, a.row_t, a.gather_t, a.dy, a.dx, {nullptr, nullptr, Dtype::f32, Act::none}, a.threads};
+    Product p{a.w,      true, a.crow_t, a.row_t, a.gather_t, a.dy, a.dx, {nullptr, nullptr, Dtype::f32, Act::none},
+              a.threads};
     run(p);
 }
 

@@ -8,9 +8,9 @@ namespace {
 
 // How the tokens and the blocks fill tiles.
 struct Shape {
-    int depth;      // pairs of tokens in a step
+    int depth;  // pairs of tokens in a step
     int64_t steps;
-    int rows, cols;  // of a C tile
+    int rows, cols;                // of a C tile
     int64_t row_tiles, col_tiles;  // in a block
 };
 
@@ -77,8 +77,7 @@ void sddmm_tiles(const Sddmm& call) {
     const int64_t depth = s.steps * s.depth, left_size = a.w.grid_rows() * rows * depth;
     auto* left = static_cast<uint32_t*>(scratch(0, size_t(left_size + a.w.grid_cols() * cols * depth) * 4));
     uint32_t* right = left + left_size;
-    call.pack(a.w.grid_rows() * s.row_tiles, s.rows,
-              [&](int64_t t0, int64_t t1) { pack_left(a.dy, s, t0, t1, left); });
+    call.pack(a.w.grid_rows() * s.row_tiles, s.rows, [&](int64_t t0, int64_t t1) { pack_left(a.dy, s, t0, t1, left); });
     call.pack(a.w.grid_cols() * s.col_tiles, s.cols,
               [&](int64_t t0, int64_t t1) { pack_right(a.x, s, t0, t1, right); });
     const TileConfig config = tile_config(s.rows, s.depth, s.cols);

@@ -6,7 +6,7 @@
 SK_ISA_BEGIN
 namespace {
 
-constexpr int64_t kChunkBytes = int64_t(1) << 20;  // packed tokens that stay in L2 while all weights pass by
+constexpr int64_t kChunkBytes = int64_t(1) << 20;     // packed tokens that stay in L2 while all weights pass by
 constexpr int64_t kSegmentBytes = int64_t(16) << 10;  // weights that stay in L1 while a chunk of tokens passes by
 constexpr int kTile = 16;
 
@@ -134,9 +134,9 @@ struct Pending {
     }
 };
 
-// Groups g0 .. g1 against token tiles t0 .. t1 of the chunk that begins at tile `first`. Operands from L2 feed the tiles
-// at a third of their speed, so a segment of the weights that fits L1 meets all tokens before the next one, its sums
-// kept in c.
+// Groups g0 .. g1 against token tiles t0 .. t1 of the chunk that begins at tile `first`. Operands from L2 feed the
+// tiles at a third of their speed, so a segment of the weights that fits L1 meets all tokens before the next one, its
+// sums kept in c.
 template <class Dot>
 void mm_groups(const Product& p, const MmShape& s, int64_t g0, int64_t g1, const char* packed, int64_t tile_bytes,
                int64_t first, int64_t t0, int64_t t1) {
@@ -152,7 +152,8 @@ void mm_groups(const Product& p, const MmShape& s, int64_t g0, int64_t g1, const
             const int64_t fit = kSegmentBytes / (rows * w.a_row), turns = ceil_div(tiles, step);
             const int64_t wanted = ma == 1 || turns == 1 ? 1 : ceil_div(w.blocks, fit < 1 ? 1 : fit);
             const int64_t segments = wanted < 1 ? 1 : wanted;
-            const int64_t distance = w.blocks * w.a_block, ahead = turns == 1 ? 0 : ceil_div(rows * w.a_row, 64 * turns);
+            const int64_t distance = w.blocks * w.a_block,
+                          ahead = turns == 1 ? 0 : ceil_div(rows * w.a_row, 64 * turns);
             const int64_t n0 = g * p.outs() + i * s.rows, real = least(rows, p.total_outs() - n0);
             for (int64_t segment = 0; segment < segments; ++segment) {
                 const int64_t j0 = w.blocks * segment / segments, j1 = w.blocks * (segment + 1) / segments;

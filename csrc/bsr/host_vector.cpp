@@ -43,7 +43,10 @@ void pack_panel_part(const Product& p, int64_t m0, int tokens, int vectors, int6
             for (int v = 0; v < vectors; ++v) {
                 const int rows = tokens - v * kLanes;
                 pack_dwords(out + v * 64, rows > 0 ? x + v * kLanes * p.x.ld * size : x, p.x.ld * size,
-                            rows < 0 ? 0 : rows < kLanes ? rows : kLanes, elements * size, count, kLanes, nt * 4);
+                            rows < 0        ? 0
+                            : rows < kLanes ? rows
+                                            : kLanes,
+                            elements * size, count, kLanes, nt * 4);
             }
             if (p.mode == Mode::i8) {
                 uint32_t* dwords = reinterpret_cast<uint32_t*>(out);
@@ -91,7 +94,8 @@ void run_group(const Product& p, int64_t g, const Panel* panels, int64_t count, 
             const int nt = panel.vectors * kLanes;
             pick_walk(p.mode, panel.vectors, p.transposed)(walk, r0, r1, packed + panel.offset, c);
             if (p.mode == Mode::i8) remove_offset(walk, r0, r1, nt, reinterpret_cast<int32_t*>(c));
-            finish(p, reinterpret_cast<float*>(c), nt, panel.m0, panel.tokens, n0 + r0, left < r1 - r0 ? left : r1 - r0);
+            finish(p, reinterpret_cast<float*>(c), nt, panel.m0, panel.tokens, n0 + r0,
+                   left < r1 - r0 ? left : r1 - r0);
         }
     }
 }

@@ -24,9 +24,7 @@ inline void finish(const Product& p, float* c, int nt, int64_t m0, int64_t token
         }
     }
     const Epilogue e = epilogue_from(p.epilogue, n0);
-    dispatch_float(p.y.dtype, [&]<Dtype T>() {
-        unpack_panel<T>(c, nt, int(tokens), outs, e, p.y_at(m0, n0), p.y.ld);
-    });
+    dispatch_float(p.y.dtype, [&]<Dtype T>() { unpack_panel<T>(c, nt, int(tokens), outs, e, p.y_at(m0, n0), p.y.ld); });
 }
 
 // Calls body(first group, end group, first panel, end panel) so that all groups meet all panels: parts of equal numbers

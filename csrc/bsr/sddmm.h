@@ -15,9 +15,8 @@ struct Sddmm {
     template <class Body>
     void pack(int64_t count, int64_t size, Body&& body) const {
         const int64_t run = size < 512 ? 512 / size : 1, tasks = ceil_div(count, run);
-        parallel_for(tasks, threads, [&](int64_t task) {
-            body(task * run, (task + 1) * run < count ? (task + 1) * run : count);
-        });
+        parallel_for(tasks, threads,
+                     [&](int64_t task) { body(task * run, (task + 1) * run < count ? (task + 1) * run : count); });
     }
 
     // body(block row, block number) for every stored block.

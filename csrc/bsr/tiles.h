@@ -90,8 +90,8 @@ template <int MA, int NB>
 inline void tiles_load(const float* c, int64_t c_down, int64_t c_right, int64_t c_row) {
     unrolled<MA>([&]<int I> {
         unrolled<NB>([&]<int J> {
-            tile_load<TileShape<MA, NB>::template kC<I, J>>(
-                reinterpret_cast<const char*>(c) + I * c_down + J * c_right, c_row);
+            tile_load<TileShape<MA, NB>::template kC<I, J>>(reinterpret_cast<const char*>(c) + I * c_down + J * c_right,
+                                                            c_row);
         });
     });
 }

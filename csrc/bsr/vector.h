@@ -52,9 +52,7 @@ struct OpBf16 {  // pairs of bf16
     using Vec = Vi;
     static Vec load(const char* p) { return vi_load(p); }
     static Vec broadcast(const char* p) { return vi_broadcast(p); }
-    static void step(Acc& acc, Vec w, Vec x) {
-        acc = (Vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
-    }
+    static void step(Acc& acc, Vec w, Vec x) { acc = (Vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x); }
 };
 
 struct OpI8 {  // quads: x unsigned (its panel holds x + 128), w signed
@@ -62,9 +60,7 @@ struct OpI8 {  // quads: x unsigned (its panel holds x + 128), w signed
     using Vec = Vi;
     static Vec load(const char* p) { return vi_load(p); }
     static Vec broadcast(const char* p) { return vi_broadcast(p); }
-    static void step(Acc& acc, Vec w, Vec x) {
-        acc = (Vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w);
-    }
+    static void step(Acc& acc, Vec w, Vec x) { acc = (Vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w); }
 };
 #endif
 

@@ -50,9 +50,7 @@ struct Product {
     int64_t blocks() const { return start[groups()]; }
     int64_t tokens() const { return x.rows; }
     const char* x_row(int64_t m) const { return static_cast<const char*>(x.data) + m * x.ld * size_of(x.dtype); }
-    char* y_at(int64_t m, int64_t n) const {
-        return static_cast<char*>(y.data) + (m * y.ld + n) * size_of(y.dtype);
-    }
+    char* y_at(int64_t m, int64_t n) const { return static_cast<char*>(y.data) + (m * y.ld + n) * size_of(y.dtype); }
 };
 
 // Chooses the arithmetic. bf16 pairs need the contraction to be even within a block, int8 quads a multiple of four.
@@ -121,10 +119,10 @@ inline void interleave_rows(uint32_t* out, int64_t out_stride, const void* src, 
 #if SK_LEVEL >= SK_AVX512
         for (; i + 16 <= count; i += 16) {
             const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + i)));
-            const __m512i hi = odd ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(
-                                                           reinterpret_cast<const __m256i*>(odd + i))),
-                                                       16)
-                                   : _mm512_setzero_si512();
+            const __m512i hi =
+                odd ? _mm512_slli_epi32(
+                          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + i))), 16)
+                    : _mm512_setzero_si512();
             _mm512_storeu_si512(to + i, _mm512_or_si512(lo, hi));
         }
 #endif
@@ -177,8 +175,8 @@ inline Walk walk_group(const Product& p, int64_t g, int slot) {
         } else if (p.mode == Mode::i16) {
             widen_to_i16(to, static_cast<const int8_t*>(from), elements, p.per_dword);
         } else if (p.transposed) {
-            interleave_rows(reinterpret_cast<uint32_t*>(to), p.w.block_cols, from, p.w.block_cols * 2,
-                            p.w.block_rows, p.w.block_cols);
+            interleave_rows(reinterpret_cast<uint32_t*>(to), p.w.block_cols, from, p.w.block_cols * 2, p.w.block_rows,
+                            p.w.block_cols);
         } else {
             widen_to_bf16(reinterpret_cast<uint16_t*>(to), static_cast<const int8_t*>(from), elements);
         }

@@ -58,7 +58,7 @@ inline void pack_dwords(void* dst, const void* src, int64_t stride, int rows, in
     for (int64_t p = 0; p < depth; p += 16) {
         const __mmask64 valid = first_bytes(bytes - 4 * p);
         __m512i r[16];
-                for (int j = 0; j < rows; ++j) _mm_prefetch(in + j * stride + 4 * p + 512, _MM_HINT_T0);
+        for (int j = 0; j < rows; ++j) _mm_prefetch(in + j * stride + 4 * p + 512, _MM_HINT_T0);
         for (int j = 0; j < 16; ++j)
             r[j] = _mm512_maskz_loadu_epi8(j < rows ? valid : 0, in + (j < rows ? j : 0) * stride + 4 * p);
         transpose_dwords(r);

@@ -10,10 +10,10 @@
 
 SK_ISA_BEGIN
 
-inline constexpr int kTokens = 4;                                     // tokens of one pass over a row
-inline constexpr int kRows = SK_LEVEL >= SK_AVX512 ? 4 : 2;           // rows in flight
-inline constexpr int64_t kTaskRows = 64, kTokenBlock = 64;            // bounds of a task's accumulators
-inline constexpr int64_t kThreadWork = int64_t(1) << 19;              // multiply-adds below which one thread is faster
+inline constexpr int kTokens = 4;                            // tokens of one pass over a row
+inline constexpr int kRows = SK_LEVEL >= SK_AVX512 ? 4 : 2;  // rows in flight
+inline constexpr int64_t kTaskRows = 64, kTokenBlock = 64;   // bounds of a task's accumulators
+inline constexpr int64_t kThreadWork = int64_t(1) << 19;     // multiply-adds below which one thread is faster
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }

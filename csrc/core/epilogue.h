@@ -60,8 +60,7 @@ inline Vf vf_act(Vf x) {
         return x * (x < 0.0f ? q : 1.0f - q);
     }
     // 0.5 (1 + tanh(u)) is 1 / (1 + exp(-2u)).
-    if constexpr (A == Act::gelu_tanh)
-        return x / (1.0f + vf_exp(x * (x * x * -0x1.2444f2p-4f - 0x1.988454p0f)));
+    if constexpr (A == Act::gelu_tanh) return x / (1.0f + vf_exp(x * (x * x * -0x1.2444f2p-4f - 0x1.988454p0f)));
     if constexpr (A == Act::silu) return x / (1.0f + vf_exp(-x));
     return x;
 }

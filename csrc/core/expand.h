@@ -18,7 +18,8 @@ inline void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // to
 // ---- 2:4 metadata ------------------------------------------------------------------------------------------
 
 // nibble -> the two bits of the kept weights. Illegal nibbles (check() refuses them) give two bits as well.
-inline constexpr uint8_t kNibbleMask[16] = {0x3, 0x3, 0x5, 0x9, 0x3, 0x3, 0x6, 0xa, 0x5, 0x6, 0x5, 0xc, 0x9, 0xa, 0xc, 0x9};
+inline constexpr uint8_t kNibbleMask[16] = {0x3, 0x3, 0x5, 0x9, 0x3, 0x3, 0x6, 0xa,
+                                            0x5, 0x6, 0x5, 0xc, 0x9, 0xa, 0xc, 0x9};
 
 // `bytes` <= 64 bytes of 2:4 metadata -> as many bytes of mask bits; out has room for 64.
 inline void sp24_masks(const uint8_t* meta, int64_t bytes, uint8_t* out) {

@@ -56,14 +56,17 @@ struct TileX {
 template <Dtype T>
 bool pack_tiles(const Dense& x, int64_t half, const TileX& to) {
     constexpr int kPlanes = planes_of(T);
-    const int64_t first = half * 16, rows = least(16, x.rows - first), size = size_of(T), each = 64 / (T == Dtype::i8 ? 1 : 2);
+    const int64_t first = half * 16, rows = least(16, x.rows - first), size = size_of(T),
+                  each = 64 / (T == Dtype::i8 ? 1 : 2);
     const char* from = static_cast<const char*>(x.data) + first * x.ld * size;
     alignas(64) uint16_t part[kPlanes][16][512];
     bool fits = true;
     for (int64_t step = 0; step < to.steps; step += to.deep) {
-        const int64_t k = step * each, some = least(to.deep * each, x.cols - k), depth = least(to.deep, to.steps - step) * 16;
+        const int64_t k = step * each, some = least(to.deep * each, x.cols - k),
+                      depth = least(to.deep, to.steps - step) * 16;
         if constexpr (kPlanes == 1) {
-            pack_dwords(to.at(half, 0, step), from + k * size, x.ld * size, int(rows), some * size, depth, int(to.width));
+            pack_dwords(to.at(half, 0, step), from + k * size, x.ld * size, int(rows), some * size, depth,
+                        int(to.width));
         } else {
             for (int64_t r = 0; r < rows; ++r)
                 for (int64_t i = 0; i < some; i += 32) {
@@ -74,7 +77,8 @@ bool pack_tiles(const Dense& x, int64_t half, const TileX& to) {
                     for (int q = 0; q < kPlanes; ++q) _mm512_store_si512(&part[q][r][i], take_plane(low, high));
                 }
             for (int q = 0; q < kPlanes; ++q)
-                pack_dwords(to.at(half, q, step), part[q], sizeof part[q][0], int(rows), some * 2, depth, int(to.width));
+                pack_dwords(to.at(half, q, step), part[q], sizeof part[q][0], int(rows), some * 2, depth,
+                            int(to.width));
         }
     }
     return fits;
@@ -125,10 +129,11 @@ inline void tiles_end(float* c) {
     if constexpr (Two) tile_store<1>(c + 16, 128), tile_store<3>(c + 16 * kGroup + 16, 128);
 }
 
-// Source: static constexpr int kPlanes (of W), kSteps (64-byte steps of K in a strip; kPlanes * kSteps <= 16, a divisor of kWideSteps);
-// `Rows rows(row, count)`, whose expand(r, step, char* tiles) writes row r of the strip that begins with `step`, at
-// tiles + (s * kPlanes + plane) * 2 * kTile for every step s, zeros behind the end, in ascending order of strips;
-// false where a value does not split. Its ask(r, step) prefetches what the kWideSteps steps from there will read.
+// Source: static constexpr int kPlanes (of W), kSteps (64-byte steps of K in a strip; kPlanes * kSteps <= 16, a divisor
+// of kWideSteps); `Rows rows(row, count)`, whose expand(r, step, char* tiles) writes row r of the strip that begins
+// with `step`, at tiles + (s * kPlanes + plane) * 2 * kTile for every step s, zeros behind the end, in ascending order
+// of strips; false where a value does not split. Its ask(r, step) prefetches what the kWideSteps steps from there will
+// read.
 template <class Source, int PX, bool Two, bool Int>
 struct TileBlock {
     static constexpr int PW = Source::kPlanes;
@@ -148,8 +153,8 @@ struct TileBlock {
         const int64_t count = real(sub);
         for (int64_t r = 0; r < count; ++r)
             for (int64_t i = 0; i < strips && step + i * kSteps < x.steps; ++i)
-                fits &= state.expand(sub * kSubRows + r, step + i * kSteps,
-                                     a + i * kStrip + r / 16 * kTile + r % 16 * 64);
+                fits &=
+                    state.expand(sub * kSubRows + r, step + i * kSteps, a + i * kStrip + r / 16 * kTile + r % 16 * 64);
         if (count == kSubRows) return;
         for (int64_t t = 0; t < strips * kSteps * PW; ++t)
             for (int64_t r = count; r < kSubRows; ++r)
@@ -174,7 +179,8 @@ struct TileBlock {
         }
     }
 
-    // Many tokens: all rows of the block, expanded, meet a strip of X, which stays in the second cache, before the next.
+    // Many tokens: all rows of the block, expanded, meet a strip of X, which stays in the second cache, before the
+    // next.
     void many_groups(char* a) {
         for (int64_t wide = 0; wide < x.steps; wide += kWideSteps) {
             for (int64_t sub = 0; sub < subs(); ++sub) expand(sub, wide, kTogether, a + sub * kTogether * kStrip);

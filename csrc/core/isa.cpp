@@ -54,10 +54,11 @@ bool detect(Isa isa) {
     const unsigned long long xcr0 = xgetbv0();
     const bool os_avx = (xcr0 & 0x6) == 0x6, os_avx512 = (xcr0 & 0xe6) == 0xe6, os_amx = (xcr0 >> 17 & 3) == 3;
     const bool avx2 = os_avx && bit(l1.ecx, 12) && bit(l1.ecx, 29) && bit(l7.ebx, 5);  // FMA, F16C, AVX2
-    const bool avx512 = avx2 && os_avx512 && bit(l7.ebx, 16) && bit(l7.ebx, 17) && bit(l7.ebx, 28) &&
-                        bit(l7.ebx, 30) && bit(l7.ebx, 31);  // F DQ CD BW VL
+    const bool avx512 = avx2 && os_avx512 && bit(l7.ebx, 16) && bit(l7.ebx, 17) && bit(l7.ebx, 28) && bit(l7.ebx, 30) &&
+                        bit(l7.ebx, 31);  // F DQ CD BW VL
     // VBMI, VBMI2, VNNI, VPOPCNTDQ, BF16
-    const bool bf16 = avx512 && bit(l7.ecx, 1) && bit(l7.ecx, 6) && bit(l7.ecx, 11) && bit(l7.ecx, 14) && bit(l71.eax, 5);
+    const bool bf16 =
+        avx512 && bit(l7.ecx, 1) && bit(l7.ecx, 6) && bit(l7.ecx, 11) && bit(l7.ecx, 14) && bit(l71.eax, 5);
     switch (isa) {
         case Isa::portable: return true;
         case Isa::avx2: return avx2;

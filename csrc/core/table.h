@@ -7,11 +7,11 @@
     extern const Type name;                  \
     }
 // Declares sk::<isa>::name for every instruction set; use it inside namespace sk.
-#define SK_DECLARE_TABLES(Type, name)             \
-    SK_DECLARE_TABLES_1(portable, Type, name)     \
-    SK_DECLARE_TABLES_1(avx2, Type, name)         \
-    SK_DECLARE_TABLES_1(avx512, Type, name)       \
-    SK_DECLARE_TABLES_1(avx512_bf16, Type, name)  \
+#define SK_DECLARE_TABLES(Type, name)            \
+    SK_DECLARE_TABLES_1(portable, Type, name)    \
+    SK_DECLARE_TABLES_1(avx2, Type, name)        \
+    SK_DECLARE_TABLES_1(avx512, Type, name)      \
+    SK_DECLARE_TABLES_1(avx512_bf16, Type, name) \
     SK_DECLARE_TABLES_1(amx, Type, name)
 
 // The table of the active instruction set. Sets that were not built are not referred to, so that the module links.
@@ -39,10 +39,6 @@
 #else
 #define SK_TABLE_amx(name)
 #endif
-#define SK_RETURN_ACTIVE_TABLE(name)         \
+#define SK_RETURN_ACTIVE_TABLE(name)          \
     const ::sk::Isa isa = ::sk::active_isa(); \
-    SK_TABLE_amx(name)                       \
-    SK_TABLE_avx512_bf16(name)               \
-    SK_TABLE_avx512(name)                    \
-    SK_TABLE_avx2(name)                      \
-    return ::sk::portable::name;
+    SK_TABLE_amx(name) SK_TABLE_avx512_bf16(name) SK_TABLE_avx512(name) SK_TABLE_avx2(name) return ::sk::portable::name;

@@ -65,24 +65,24 @@ void bind_csr(py::module_& m) {
                     {static_cast<const float*>(at(scale)), at(bias), sk::Dtype(bias_dtype), sk::Act(act)},
                     threads});
     });
-    m.def("csr_mm_t", [](Address values, int dtype, Address crow, Address col, int64_t rows, int64_t cols,
-                         Address plan, int tile, Address dy, int x_dtype, int64_t tokens, int64_t lddy, Address dx,
-                         int64_t lddx, int threads) {
-        py::gil_scoped_release release;
-        table().mm_t({matrix(values, dtype, crow, col, rows, cols, plan, tile),
-                      {at(dy), sk::Dtype(x_dtype), tokens, rows, lddy},
-                      {at(dx), sk::Dtype(x_dtype), tokens, cols, lddx},
-                      threads});
-    });
-    m.def("csr_sddmm", [](Address dvalues, int dtype, Address crow, Address col, int64_t rows, int64_t cols,
-                          Address plan, int tile, Address dy, int x_dtype, int64_t tokens, int64_t lddy, Address x,
-                          int64_t ldx, int threads) {
-        py::gil_scoped_release release;
-        table().sddmm({matrix(dvalues, dtype, crow, col, rows, cols, plan, tile),
-                       {at(dy), sk::Dtype(x_dtype), tokens, rows, lddy},
-                       {at(x), sk::Dtype(x_dtype), tokens, cols, ldx},
-                       threads});
-    });
+    m.def("csr_mm_t",
+          [](Address values, int dtype, Address crow, Address col, int64_t rows, int64_t cols, Address plan, int tile,
+             Address dy, int x_dtype, int64_t tokens, int64_t lddy, Address dx, int64_t lddx, int threads) {
+              py::gil_scoped_release release;
+              table().mm_t({matrix(values, dtype, crow, col, rows, cols, plan, tile),
+                            {at(dy), sk::Dtype(x_dtype), tokens, rows, lddy},
+                            {at(dx), sk::Dtype(x_dtype), tokens, cols, lddx},
+                            threads});
+          });
+    m.def("csr_sddmm",
+          [](Address dvalues, int dtype, Address crow, Address col, int64_t rows, int64_t cols, Address plan, int tile,
+             Address dy, int x_dtype, int64_t tokens, int64_t lddy, Address x, int64_t ldx, int threads) {
+              py::gil_scoped_release release;
+              table().sddmm({matrix(dvalues, dtype, crow, col, rows, cols, plan, tile),
+                             {at(dy), sk::Dtype(x_dtype), tokens, rows, lddy},
+                             {at(x), sk::Dtype(x_dtype), tokens, cols, ldx},
+                             threads});
+          });
     m.def("csr_count", [](Address dense, int dtype, int64_t rows, int64_t cols, int64_t ld, Address crow, int threads) {
         py::gil_scoped_release release;
         return table().count({{at(dense), sk::Dtype(dtype), rows, cols, ld}, ints(crow), nullptr, nullptr, threads});

@@ -105,7 +105,7 @@ void csr_stream(const CsrMatrix& w, void* out, int threads) {
     });
 }
 
-const CsrTable csr_table = {csr_tile, csr_plan,  csr_stream, csr_mm,    csr_mm_t,
+const CsrTable csr_table = {csr_tile,  csr_plan,  csr_stream, csr_mm,    csr_mm_t,
                             csr_sddmm, csr_count, csr_fill,   csr_unpack};
 
 SK_ISA_END

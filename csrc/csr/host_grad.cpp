@@ -161,8 +161,8 @@ void csr_sddmm(const CsrSddmm& given) {
     const Blocks blocks(w, plan);
     const Panels panels(a.x.rows, widest_panel(w));
     // Partial sums over the panels are kept in float: in place, or beside a narrower output.
-    float* out = w.dtype == Dtype::f32 ? reinterpret_cast<float*>(values)
-                                       : static_cast<float*>(scratch(4, size_t(nnz) * 4));
+    float* out =
+        w.dtype == Dtype::f32 ? reinterpret_cast<float*>(values) : static_cast<float*>(scratch(4, size_t(nnz) * 4));
     const int64_t widest = kMaxVectors * kLanes;
     const int64_t chunk = std::max<int64_t>(1, kPacked / ((w.rows + w.cols) * widest * 4));
     const int64_t ranges = a.threads > 1 ? std::min<int64_t>(blocks.blocks, 4 * a.threads) : 1;

@@ -12,14 +12,14 @@ SK_ISA_BEGIN
 namespace {
 
 constexpr int kGatherTokens = 2;
-constexpr int64_t kAccumulators = 1 << 20;  // bytes of accumulators that one task keeps in L2
+constexpr int64_t kAccumulators = 1 << 20;      // bytes of accumulators that one task keeps in L2
 constexpr int64_t kPacked = int64_t(64) << 20;  // bytes of packed x at a time
 
 // acc[v] += sum_j value[j] * x[col[j]][v]. Long rows under narrow panels want several sets of accumulators, because
 // one multiply-add takes four cycles and two can start in each.
 template <int NV, int Sets, class Column>
 inline void accumulate(Vf (&acc)[NV], const float* value, const Column* col, int64_t count, const float* x) {
-        const auto step = [&](Vf (&a)[NV], int64_t j) {
+    const auto step = [&](Vf(&a)[NV], int64_t j) {
         const float* row = x + size_t(std::make_unsigned_t<Column>(col[j])) * (NV * kLanes);
         const Vf s = vf_set(value[j]);
 #pragma GCC unroll 8
@@ -111,8 +111,7 @@ void tiled(CsrMm& a) {
         float* packed = nullptr;
         const auto at = [&](int64_t p) { return packed + (panels.first_vector(p) - origin) * kLanes * w.cols; };
         if (ranges > 1) {
-            packed = static_cast<float*>(
-                scratch(0, size_t((panels.first_vector(p1) - origin) * kLanes * w.cols * 4)));
+            packed = static_cast<float*>(scratch(0, size_t((panels.first_vector(p1) - origin) * kLanes * w.cols * 4)));
             parallel_for((p1 - p0) * blocks.tiles, a.threads, [&](int64_t task) {
                 const int64_t p = p0 + task / blocks.tiles, tile = task % blocks.tiles, k0 = blocks.tile_begin(tile);
                 const int nt = panels.width(p) * kLanes;
@@ -222,8 +221,7 @@ void gather(const CsrMm& a) {
     if (a.x.dtype != Dtype::f32) {
         float* copy = static_cast<float*>(scratch(0, size_t((w.cols + kLanes) * MT * 4)));
         dispatch_float(a.x.dtype, [&]<Dtype T>() {
-            for (int t = 0; t < MT; ++t)
-                floats<T>(a.x.data, t * a.x.ld, w.cols, copy + t * (w.cols + kLanes));
+            for (int t = 0; t < MT; ++t) floats<T>(a.x.data, t * a.x.ld, w.cols, copy + t * (w.cols + kLanes));
         });
         x = copy, ldx = w.cols + kLanes;
     }

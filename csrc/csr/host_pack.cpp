@@ -7,7 +7,7 @@
 SK_ISA_BEGIN
 namespace {
 
-constexpr int64_t kRows = 32;               // rows of one task
+constexpr int64_t kRows = 32;                 // rows of one task
 constexpr int64_t kSerialElements = 1 << 18;  // elements below which one thread is fastest
 
 // An unsigned integer as wide as the element, and the bits that tell it from a zero of either sign.
@@ -70,9 +70,12 @@ void fill_row(const typename Bits<T>::type* p, [[maybe_unused]] int64_t cols, ty
         // Masked stores: the elements behind may be the next row's, and another thread's.
         const __mmask16 first = __mmask16((1u << kept) - 1);
         v = _mm512_maskz_compress_epi32(keep, v);
-        if constexpr (T == Dtype::f32) _mm512_mask_storeu_epi32(values + n, first, v);
-        else if constexpr (T == Dtype::i8) _mm512_mask_cvtepi32_storeu_epi8(values + n, first, v);
-        else _mm512_mask_cvtepi32_storeu_epi16(values + n, first, v);
+        if constexpr (T == Dtype::f32)
+            _mm512_mask_storeu_epi32(values + n, first, v);
+        else if constexpr (T == Dtype::i8)
+            _mm512_mask_cvtepi32_storeu_epi8(values + n, first, v);
+        else
+            _mm512_mask_cvtepi32_storeu_epi16(values + n, first, v);
         _mm512_mask_storeu_epi32(col + n, first, _mm512_maskz_compress_epi32(keep, index));
         index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
         n += kept;

@@ -8,9 +8,9 @@
 
 SK_ISA_BEGIN
 
-inline constexpr int kMaxVectors = 8;                 // in the widest panel: its sums fill half the registers
-inline constexpr int64_t kL1Panel = 32 << 10;        // bytes of x to be reused from L1
-inline constexpr int kMaxTile = 256;                  // columns are bytes inside a tile
+inline constexpr int kMaxVectors = 8;              // in the widest panel: its sums fill half the registers
+inline constexpr int64_t kL1Panel = 32 << 10;      // bytes of x to be reused from L1
+inline constexpr int kMaxTile = 256;               // columns are bytes inside a tile
 inline constexpr int64_t kSerialWork = 1'500'000;  // multiply-adds below which one thread is fastest
 
 // Splits `tokens` into panels of at most kMaxVectors vectors, as even as can be.

@@ -116,8 +116,8 @@ int64_t pack(const Dense& w, void* values, uint8_t* meta, int threads) {
                 if (crowded < 0) continue;
                 const int64_t at = r * groups + crowded;
                 int64_t known = __atomic_load_n(&first, __ATOMIC_RELAXED);
-                while (at < known && !__atomic_compare_exchange_n(&first, &known, at, true, __ATOMIC_RELAXED,
-                                                                  __ATOMIC_RELAXED)) {
+                while (at < known &&
+                       !__atomic_compare_exchange_n(&first, &known, at, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
                 }
                 return;
             }

@@ -27,7 +27,7 @@ struct Panel {
 template <int V>
 inline void row_tile(const float* values, const uint8_t* meta, int64_t bytes, const float* x, Vf (&acc)[V]) {
     constexpr uint64_t kRow = Panel<V>::kTokens;  // floats between one k and the next
-    constexpr bool kTwo = V < 8;                  // too few accumulators to hide the latency: one set for each of a pair
+    constexpr bool kTwo = V < 8;  // too few accumulators to hide the latency: one set for each of a pair
     Vf other[V];
     if constexpr (kTwo)
         for (int i = 0; i < V; ++i) other[i] = Vf{};

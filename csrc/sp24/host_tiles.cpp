@@ -70,7 +70,8 @@ struct Expander {
                     for (int q = 0; q < kPlanes; ++q) {
                         const __m256i h = (__m256i)_mm512_cvtneps_pbh(rest);
                         store(q, h);
-                        rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)));
+                        rest =
+                            _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)));
                     }
                     return fits;
                 }
@@ -86,12 +87,9 @@ struct Expander {
 bool sp24_mm_tiles(const Sp24& w, const Dense& x, const Dense& y, const Epilogue& e, int threads) {
     const int64_t work = w.n * w.k;
     switch (w.dtype) {
-        case Dtype::f32:
-            return tile_mm<Expander<Dtype::f32, false>, Dtype::f32>({w}, w.n, x, y, e, work, threads);
-        case Dtype::bf16:
-            return tile_mm<Expander<Dtype::bf16, false>, Dtype::bf16>({w}, w.n, x, y, e, work, threads);
-        case Dtype::f16:
-            return tile_mm<Expander<Dtype::f16, false>, Dtype::f16>({w}, w.n, x, y, e, work, threads);
+        case Dtype::f32: return tile_mm<Expander<Dtype::f32, false>, Dtype::f32>({w}, w.n, x, y, e, work, threads);
+        case Dtype::bf16: return tile_mm<Expander<Dtype::bf16, false>, Dtype::bf16>({w}, w.n, x, y, e, work, threads);
+        case Dtype::f16: return tile_mm<Expander<Dtype::f16, false>, Dtype::f16>({w}, w.n, x, y, e, work, threads);
         case Dtype::i8:
             if (x.dtype == Dtype::i8)
                 return tile_mm<Expander<Dtype::i8, true>, Dtype::i8>({w}, w.n, x, y, e, work, threads);

@@ -26,7 +26,7 @@ class Bitmap(Layout):
 
     def mask(self) -> Tensor:
         """bool [N, K]: which weights are stored."""
-        n, k = self.shape
+        _n, k = self.shape
         bit = torch.arange(8, dtype=torch.uint8, device=self.device)
         return ((self.bits[:, :, None] >> bit) & 1).bool().flatten(1)[:, :k]
 

@@ -29,7 +29,15 @@ def _pack_host(dense: Tensor) -> Bitmap:
     (n, k), threads = dense.shape, torch.get_num_threads()
     bits = dense.new_empty((n, (k + 7) // 8), dtype=torch.uint8)
     offsets = dense.new_empty(n + 1, dtype=torch.int64)
-    where = (dense.data_ptr(), DTYPES[dense.dtype], n, k, dense.stride(0), bits.data_ptr(), offsets.data_ptr())
+    where = (
+        dense.data_ptr(),
+        DTYPES[dense.dtype],
+        n,
+        k,
+        dense.stride(0),
+        bits.data_ptr(),
+        offsets.data_ptr(),
+    )
     host().bitmap_count(*where, threads)
     values = dense.new_empty(int(offsets[-1]))
     host().bitmap_fill(*where, values.data_ptr(), threads)

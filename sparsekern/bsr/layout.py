@@ -32,9 +32,7 @@ class Bsr(Layout):
         return (*self.shape, *self.block)
 
     @classmethod
-    def from_parts(
-        cls, values: Tensor, index: tuple[Tensor, ...], scale: Tensor | None, dims: tuple[int, ...]
-    ) -> Bsr:
+    def from_parts(cls, values: Tensor, index: tuple[Tensor, ...], scale: Tensor | None, dims: tuple[int, ...]) -> Bsr:
         made = super().from_parts(values, index, scale, dims)
         made.__dict__["block"] = (dims[2], dims[3])
         return made

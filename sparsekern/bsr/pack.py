@@ -31,7 +31,17 @@ def _pack_host(dense: Tensor, block: tuple[int, int], *, scale: Tensor | None = 
     nb, kb, threads = -(-n // r), -(-k // c), torch.get_num_threads()
     flags = dense.new_empty(nb * kb, dtype=torch.uint8)
     crow = dense.new_empty(nb + 1, dtype=torch.int32)
-    where = (dense.data_ptr(), DTYPES[dense.dtype], dense.stride(0), n, k, r, c, flags.data_ptr(), crow.data_ptr())
+    where = (
+        dense.data_ptr(),
+        DTYPES[dense.dtype],
+        dense.stride(0),
+        n,
+        k,
+        r,
+        c,
+        flags.data_ptr(),
+        crow.data_ptr(),
+    )
     host().bsr_count(*where, threads)
     nnzb = int(crow[-1])
     col, values = dense.new_empty(nnzb, dtype=torch.int32), dense.new_empty((nnzb, r, c))

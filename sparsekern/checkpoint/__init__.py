@@ -27,9 +27,7 @@ class Checkpoint(dict[str, Tensor]):
     """
 
     def __init__(self, weights: Mapping[str, Weight]) -> None:
-        super().__init__(
-            {name: weight.tensor for name, weight in weights.items() if weight.tensor is not None}
-        )
+        super().__init__({name: weight.tensor for name, weight in weights.items() if weight.tensor is not None})
         self.weights = dict(weights)
 
     def dense_state_dict(self) -> dict[str, Tensor]:
@@ -148,6 +146,4 @@ def _read(file: TensorFile, found: recognise.Found) -> list[Weight]:
         return recognise.read(found, file.get)
     except ValueError as error:
         message = str(error)
-        raise ValueError(
-            message if message.startswith(f"{file.path}") else f"{file.path}: {message}"
-        ) from None
+        raise ValueError(message if message.startswith(f"{file.path}") else f"{file.path}: {message}") from None

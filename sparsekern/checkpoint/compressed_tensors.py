@@ -81,9 +81,7 @@ def _check_row_offsets(offsets: Tensor, mask: Tensor) -> None:
     counts = mask.sum(1)
     expected = counts.cumsum(0) - counts
     if offsets.dtype not in (torch.int64, torch.int32) or offsets.numel() != len(expected):
-        raise ValueError(
-            f"row_offsets must be {len(expected)} integers, got {offsets.dtype} {tuple(offsets.shape)}"
-        )
+        raise ValueError(f"row_offsets must be {len(expected)} integers, got {offsets.dtype} {tuple(offsets.shape)}")
     wrong = (offsets.reshape(-1) != expected).nonzero()
     if len(wrong):
         row = int(wrong[0])
@@ -91,9 +89,7 @@ def _check_row_offsets(offsets: Tensor, mask: Tensor) -> None:
         raise ValueError(f"row_offsets of row {row} is {found}, but the bitmask says {int(expected[row])}")
 
 
-def _packed(
-    values: Tensor, mask: Tensor, shape: tuple[int, ...], scale: Tensor | None
-) -> Sp24 | Bitmap | None:
+def _packed(values: Tensor, mask: Tensor, shape: tuple[int, ...], scale: Tensor | None) -> Sp24 | Bitmap | None:
     if len(shape) != 2:
         return None
     n, k = shape
@@ -160,9 +156,7 @@ def encode(weight: Weight, format: str) -> dict[str, Tensor]:
     packed = weight.tensor.packed
     n, k = packed.shape
     if isinstance(packed, Sp24) and format == SP24:
-        kept = torch.zeros(n, 2 * packed.values.shape[1], dtype=torch.bool).scatter_(
-            1, packed.columns(), True
-        )
+        kept = torch.zeros(n, 2 * packed.values.shape[1], dtype=torch.bool).scatter_(1, packed.columns(), True)
         parts = {
             "compressed": packed.values.detach()[:, : k // 2].contiguous(),
             "bitmask": _bits(kept[:, :k]),

@@ -141,13 +141,7 @@ class TorchFile(TensorFile):
 
     def get(self, key: str) -> Tensor:
         value = self._tensors[key].detach()
-        return (
-            value
-            if type(value) is not Tensor
-            else value.to_dense().clone()
-            if _sparse(value)
-            else value.clone()
-        )
+        return value if type(value) is not Tensor else value.to_dense().clone() if _sparse(value) else value.clone()
 
 
 def _sparse(value: Tensor) -> bool:
@@ -236,9 +230,7 @@ def _indexed(index: Path) -> Iterator[tuple[str, str]]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         items = list(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{index}: not a readable index of shards: {type(error).__name__}: {error}"
-        ) from None
+        raise ValueError(f"{index}: not a readable index of shards: {type(error).__name__}: {error}") from None
     for key, name in items:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
             raise ValueError(f"{index}: {key!r} is said to be in {name!r}, which is no plain file name")

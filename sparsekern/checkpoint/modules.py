@@ -22,9 +22,7 @@ def weights_of(source: nn.Module | Mapping[str, Any]) -> Iterator[tuple[Weight, 
     """(weight, the name of the weight it is tied to, or None) for all that a model or a state_dict holds."""
     state = source.state_dict() if isinstance(source, nn.Module) else dict(source)
     modules = dict(_sparse_modules(source)) if isinstance(source, nn.Module) else {}
-    owned = {
-        prefix + part: prefix for prefix, m in modules.items() for part in (*m.packed.tensors(), ORDER_FLAG)
-    }
+    owned = {prefix + part: prefix for prefix, m in modules.items() for part in (*m.packed.tensors(), ORDER_FLAG)}
     first: dict[Any, str] = {}
     done: set[str] = set()
     for key, value in state.items():
@@ -106,9 +104,7 @@ def fill(model: nn.Module, weights: Mapping[str, Weight], raw: Mapping[str, Tens
         if module in swaps:
             parent, _, attribute = name.rpartition(".")
             if not name:
-                raise ValueError(
-                    "the model itself is one layer; convert it first, its place cannot be changed"
-                )
+                raise ValueError("the model itself is one layer; convert it first, its place cannot be changed")
             setattr(modules[parent], attribute, swaps[module])
     for module, attribute, tensor in parameters:
         old = getattr(module, attribute)
@@ -142,9 +138,7 @@ def _for_sparse_module(name: str, weight: Weight, module: SparseModule) -> dict[
     try:
         module.pack(dense)  # before anything is changed
     except ValueError as error:
-        raise ValueError(
-            f"weight {name!r} does not fit the model's {module.format} module: {error}"
-        ) from None
+        raise ValueError(f"weight {name!r} does not fit the model's {module.format} module: {error}") from None
     return {name: dense}
 
 

@@ -96,9 +96,7 @@ def parse_header(text: str) -> tuple[dict[str, Record], dict[str, str]]:
     if not isinstance(parsed, dict) or type(parsed.get("version")) is not int:
         raise ValueError("its sparsekern header has no version")
     if parsed["version"] != VERSION:
-        raise ValueError(
-            f"its sparsekern header has version {parsed['version']}; this release reads version {VERSION}"
-        )
+        raise ValueError(f"its sparsekern header has version {parsed['version']}; this release reads version {VERSION}")
     weights, aliases = parsed.get("weights"), parsed.get("aliases", {})
     if not isinstance(weights, dict) or not isinstance(aliases, dict):
         raise ValueError("its sparsekern header must hold the objects 'weights' and 'aliases'")

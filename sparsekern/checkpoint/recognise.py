@@ -122,9 +122,7 @@ def read(found: Found, get: Callable[[str], Tensor]) -> list[Weight]:
     Raises ValueError that names the weight where its tensors do not fit together.
     """
     if found.source == "compressed-tensors marlin-24":
-        return [
-            Weight(found.name, None, found.source, problem="a GPU's register order; it never had a reader")
-        ]
+        return [Weight(found.name, None, found.source, problem="a GPU's register order; it never had a reader")]
     if found.source == "sparsekern state_dict":
         return [_read_state(found, get)]
     parts = {role: get(key) for role, key in found.parts.items()}
@@ -147,9 +145,7 @@ def _own_order(dense: Tensor) -> str:
 
 def _read_bitmask(found: Found, parts: dict[str, Tensor]) -> list[Weight]:
     weight = compressed_tensors.decode(found.name, parts)
-    if "scale" in parts and not (
-        isinstance(weight.tensor, SparseTensor) and weight.tensor.packed.scale is not None
-    ):
+    if "scale" in parts and not (isinstance(weight.tensor, SparseTensor) and weight.tensor.packed.scale is not None):
         key = found.parts["scale"]
         return [weight, Weight(key, parts["scale"], "dense", tuple(parts["scale"].shape))]
     return [weight]
@@ -178,9 +174,7 @@ def _read_state(found: Found, get: Callable[[str], Tensor]) -> Weight:
     parts = {role: get(key) for role, key in found.parts.items()}
     values = parts["values"]
     problem = "a state_dict does not say how wide this weight is; save with sparsekern.checkpoint.save"
-    format = (
-        "sp24" if "meta" in parts else "bitmap" if "bits" in parts else "bsr" if values.dim() == 3 else "csr"
-    )
+    format = "sp24" if "meta" in parts else "bitmap" if "bits" in parts else "bsr" if values.dim() == 3 else "csr"
     source = f"{found.source} ({format})"
     if format == "sp24" and parts["meta"].dim() == 2:
         dims: tuple[int, ...] = (values.shape[0], 8 * parts["meta"].shape[1])

@@ -58,6 +58,5 @@ def check_fits(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 40
     if size > memory:
         raise ValueError(
-            f"{name}: unpacked to {tuple(shape)} it would take {size / 2**30:.0f} GiB, "
-            "more than this machine's memory"
+            f"{name}: unpacked to {tuple(shape)} it would take {size / 2**30:.0f} GiB, more than this machine's memory"
         )

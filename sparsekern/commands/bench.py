@@ -76,17 +76,11 @@ def add(commands: Any) -> None:
         metavar="SHARE,SHARE",
         help="zeros for bsr, csr and bitmap (default: 0.9 for bsr and csr, 0.5 for bitmap)",
     )
-    parser.add_argument(
-        "--block", type=_numbers(int, 1), default=[32], metavar="B,B", help="block sizes (default: 32)"
-    )
-    parser.add_argument(
-        "--backend", choices=dispatch.BACKENDS, help="of sparsekern (default: the dispatcher chooses)"
-    )
+    parser.add_argument("--block", type=_numbers(int, 1), default=[32], metavar="B,B", help="block sizes (default: 32)")
+    parser.add_argument("--backend", choices=dispatch.BACKENDS, help="of sparsekern (default: the dispatcher chooses)")
     parser.add_argument("--threads", type=int, help="threads of all variants (default: torch's)")
     parser.add_argument("--repeats", type=int, default=30, help="rounds at most (default: %(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=3.0, help="time per case at most (default: %(default)s)"
-    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="time per case at most (default: %(default)s)")
     parser.add_argument("--cold", action="store_true", help="evict the caches before every call")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file as well")
     parser.set_defaults(run=run)
@@ -149,9 +143,7 @@ def _cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for n, k in args.shape or [(2048, 2048)]:
         for dtype in args.dtype:
             for format in args.format:
-                for sparsity in (
-                    [0.5] if format == "sp24" else args.sparsity or [0.5 if format == "bitmap" else 0.9]
-                ):
+                for sparsity in [0.5] if format == "sp24" else args.sparsity or [0.5 if format == "bitmap" else 0.9]:
                     for block in args.block if format == "bsr" else [None]:
                         for tokens in args.tokens:
                             yield {

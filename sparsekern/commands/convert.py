@@ -61,18 +61,10 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("input", help=".safetensors, .pt, .pth, .bin, or a directory of shards")
-    parser.add_argument(
-        "output", help=".safetensors file, or a directory (sharded); with --to dense also .pt"
-    )
-    parser.add_argument(
-        "--to", choices=FORMS, default="sparsekern", help="what to write (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--format", choices=("auto", *FORMATS), default="auto", help="format of the sparse weights"
-    )
-    parser.add_argument(
-        "--block", type=int, default=32, help="block size with --format bsr (default: %(default)s)"
-    )
+    parser.add_argument("output", help=".safetensors file, or a directory (sharded); with --to dense also .pt")
+    parser.add_argument("--to", choices=FORMS, default="sparsekern", help="what to write (default: %(default)s)")
+    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="format of the sparse weights")
+    parser.add_argument("--block", type=int, default=32, help="block size with --format bsr (default: %(default)s)")
     parser.add_argument("--prune", action="store_true", help="prune what fits no format to 2:4, by magnitude")
     parser.add_argument(
         "--order",
@@ -89,9 +81,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--include", metavar="REGEX", help="only weights whose name this finds")
     parser.add_argument("--exclude", metavar="REGEX", help="not those whose name this finds")
-    parser.add_argument(
-        "--shard-size", type=float, default=5.0, metavar="GIB", help="largest shard of a directory"
-    )
+    parser.add_argument("--shard-size", type=float, default=5.0, metavar="GIB", help="largest shard of a directory")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
@@ -147,18 +137,14 @@ def _check(args: argparse.Namespace) -> None:
     if args.to == "compressed-tensors" and args.format not in ("auto", "sp24", "bitmap"):
         raise ValueError(f"compressed-tensors has no {args.format}; it stores sp24 and bitmap")
     if args.prune and (args.to == "dense" or args.format not in ("auto", "sp24")):
-        raise ValueError(
-            "--prune makes 2:4 weights: use it with --format auto or sp24, and not with --to dense"
-        )
+        raise ValueError("--prune makes 2:4 weights: use it with --format auto or sp24, and not with --to dense")
     output = Path(args.output)
     if not output.resolve().parent.is_dir():
         raise ValueError(f"{output}: there is no directory {output.parent}")
     full = any(output.iterdir()) if output.is_dir() else output.exists()
     if full and not args.force:
         raise ValueError(f"{output} exists already; --force overwrites it")
-    if output.is_dir() and (
-        output.suffix == ".safetensors" or output.resolve() == Path(args.input).resolve()
-    ):
+    if output.is_dir() and (output.suffix == ".safetensors" or output.resolve() == Path(args.input).resolve()):
         raise ValueError(f"{output} is a directory that cannot be written over; choose another output")
 
 
@@ -231,9 +217,7 @@ def _wish(found: Patterns, args: argparse.Namespace) -> Suggestion:
             return Suggestion(None, own, None, "too small to gain from sp24")
         return Suggestion("sp24", exact.name, None, f"exactly 2:4 along {exact.name}")
     if 1 - found.density < args.min_sparsity:
-        return Suggestion(
-            None, own, None, f"{1 - found.density:.1%} zeros, fewer than {args.min_sparsity:.0%}"
-        )
+        return Suggestion(None, own, None, f"{1 - found.density:.1%} zeros, fewer than {args.min_sparsity:.0%}")
     block = args.block if args.format == "bsr" else None
     return Suggestion(args.format, own, block, f"{1 - found.density:.0%} zeros")
 
@@ -282,9 +266,7 @@ def _write_config(args: argparse.Namespace, rows: list[Row]) -> Path:
     old = Path(args.input) / "config.json" if Path(args.input).is_dir() else None
     config = json.loads(old.read_text(encoding="utf-8")) if old is not None and old.exists() else {}
     sizes = [torch.Size(row.shape).numel() for row in rows]
-    density = sum((row.density or 1.0) * size for row, size in zip(rows, sizes, strict=True)) / max(
-        sum(sizes), 1
-    )
+    density = sum((row.density or 1.0) * size for row, size in zip(rows, sizes, strict=True)) / max(sum(sizes), 1)
     ignore = [row.name.removesuffix(".weight") for row in rows if row.stored == "dense"]
     format = ct.BITMASK if args.format == "bitmap" else ct.SP24
     config["quantization_config"] = ct.config(format, density, ignore)
@@ -310,8 +292,6 @@ def _print(args: argparse.Namespace, rows: list[Row], rest: int, files: list[str
 
 def _cells(row: Row) -> tuple[str, ...]:
     zeros = "" if row.density is None else f"{1 - row.density:.1%}"
-    stored = row.stored + (
-        f" ({row.order})" if row.stored != "dense" and row.order not in ("k", "crs") else ""
-    )
+    stored = row.stored + (f" ({row.order})" if row.stored != "dense" and row.order not in ("k", "crs") else "")
     sizes = (show.size(row.before), show.size(row.after))
     return (row.name, show.shape(row.shape), row.dtype, zeros, stored, *sizes, row.reason)

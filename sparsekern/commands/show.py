@@ -32,9 +32,7 @@ def progress() -> Progress:
     return Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
-def table(
-    title: str, headings: Iterable[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()
-) -> Table:
+def table(title: str, headings: Iterable[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()) -> Table:
     """A table whose columns named in `right` are numbers. Text is shown as it is: names hold brackets."""
     made, numbers = Table(title=Text(title), title_justify="left", header_style="bold"), set(right)
     for heading in headings:

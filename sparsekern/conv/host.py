@@ -163,9 +163,7 @@ def _forward_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
 def _weight_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
     n, k = layout.shape
     tile = _tile(layout, n, k, g.groups, pixels)
-    return plan(
-        _topology(layout), ("conv2d_weight", layout.dims, tile), lambda: _by_rows(stream_of(layout), n, tile)
-    )
+    return plan(_topology(layout), ("conv2d_weight", layout.dims, tile), lambda: _by_rows(stream_of(layout), n, tile))
 
 
 def _input_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
@@ -184,9 +182,7 @@ def _input_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
             0 if stream.gather is None else stream.gather.data_ptr(), n,
             crow.data_ptr(), col.data_ptr(), gather.data_ptr(),
         )  # fmt: skip
-        return _by_blocks(
-            Stream(crow, col[:stored].clone(), gather[:stored].clone(), columns), rows, g.groups, tile
-        )
+        return _by_blocks(Stream(crow, col[:stored].clone(), gather[:stored].clone(), columns), rows, g.groups, tile)
 
     return plan(_topology(layout), ("conv2d_input", layout.dims, g[:6], g.groups, g.order, tile), make)
 

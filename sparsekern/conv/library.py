@@ -106,9 +106,7 @@ class SparseConv(torch.autograd.Function):
         if need_values:
             dvalues = CONV2D_WEIGHT[format](values, index, scale, dims, dy, x, geometry, backend)
         if need_x:
-            dx = CONV2D_INPUT[format](
-                values, index, scale, dims, dy, geometry, x.shape[2], x.shape[3], backend
-            )
+            dx = CONV2D_INPUT[format](values, index, scale, dims, dy, geometry, x.shape[2], x.shape[3], backend)
         if need_bias:
             dbias = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
         return dvalues, dx, dbias, None, None, None, None, None, *(None for _ in index)

@@ -39,9 +39,7 @@ def _padded(x: Tensor, g: Geometry) -> Tensor:
 
 def conv2d(layout: Layout, x: Tensor, bias: Tensor | None, g: Geometry, activation: str) -> Tensor:
     """y = act(conv(x, W) + bias): x [B, C, H, W] -> [B, O, H', W']."""
-    y = functional.conv2d(
-        _padded(x, g), _dense(layout, g), None if bias is None else _wide(bias), **_steps(g)
-    )
+    y = functional.conv2d(_padded(x, g), _dense(layout, g), None if bias is None else _wide(bias), **_steps(g))
     return ACTIVATIONS[activation](y).to(x.dtype).contiguous(memory_format=memory_format(x))
 
 

@@ -121,9 +121,7 @@ class SparseModule(nn.Module):
         own = {prefix + name for name in (*names, *self.own_buffers)}
         rest = {key: value for key, value in state_dict.items() if key not in own and key != prefix + "weight"}
         missing: list[str] = []
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys.extend(key for key in missing if not (found and key in own))
 
     def _packed_from(self, state_dict: dict[str, Any], prefix: str, names: tuple[str, ...]) -> Layout | None:
@@ -164,9 +162,7 @@ class SparseModule(nn.Module):
         return f"bias={self.bias is not None}, format={self.format!r}{block}, density={self.density:.3f}{fused}{chosen}"
 
 
-def random_topology(
-    weight: Tensor, format: str, density: float, block_size: int | tuple[int, int] = 32
-) -> Tensor:
+def random_topology(weight: Tensor, format: str, density: float, block_size: int | tuple[int, int] = 32) -> Tensor:
     """`weight` [N, K] with a random topology of the format at (about) the given density, zeros elsewhere.
 
     sp24 keeps the two largest of every group and has no other density than a half.

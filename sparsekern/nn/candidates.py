@@ -79,11 +79,7 @@ def best_blocks(patterns: Patterns) -> list[tuple[int, Order]]:
     found = []
     for order in storable(patterns):
         for size, share in order.blocks.items():
-            if (
-                0 < share <= BLOCK_SHARE
-                and patterns.density >= BLOCK_FILL * share
-                and size <= 2 * min(order.shape)
-            ):
+            if 0 < share <= BLOCK_SHARE and patterns.density >= BLOCK_FILL * share and size <= 2 * min(order.shape):
                 found.append((share, size, order))
     if not found:
         return []

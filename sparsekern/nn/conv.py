@@ -98,9 +98,7 @@ class SparseConv2d(SparseModule):
 
     def _set_geometry(self, conv: nn.Conv2d, order: str) -> None:
         if conv.padding_mode not in _PADDING_MODES:
-            raise ValueError(
-                f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {conv.padding_mode!r}"
-            )
+            raise ValueError(f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {conv.padding_mode!r}")
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size = pair(conv.kernel_size, "kernel_size", 1)
         self.stride, self.dilation = pair(conv.stride, "stride", 1), pair(conv.dilation, "dilation", 1)
@@ -125,9 +123,7 @@ class SparseConv2d(SparseModule):
             images = x if x.dim() == 4 else x.unsqueeze(0)  # circular padding wants a batch
             padded = nn.functional.pad(images, self._edges, mode=self.padding_mode)
             x = padded if x.dim() == 4 else padded.squeeze(0)
-        return conv2d_geometry(
-            operand, x, self._parameters["bias"], self.geometry, self.activation, self.backend
-        )
+        return conv2d_geometry(operand, x, self._parameters["bias"], self.geometry, self.activation, self.backend)
 
     def to_dense(self) -> nn.Conv2d:
         """The nn.Conv2d with the same weight, zeros filled in."""
@@ -162,9 +158,7 @@ class SparseConv2d(SparseModule):
         return packed
 
     def extra_repr(self) -> str:
-        shown = [
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        ]
+        shown = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
         for name, usual in (
             ("padding", (0, 0)),
             ("dilation", (1, 1)),

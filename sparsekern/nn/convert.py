@@ -133,9 +133,7 @@ def _check(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "a scripted or traced module cannot be changed; convert the nn.Module and script that"
-        )
+        raise ValueError("a scripted or traced module cannot be changed; convert the nn.Module and script that")
     ways.check_options(format, prune)
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
@@ -297,9 +295,7 @@ def _measured(
         if gain >= needed:
             return best
         where = " at its worst shape" if worst else ""
-        verdict = (
-            "dense is faster" if gain < 1 else f"not beyond the {needed:.2f}x asked for (noise included)"
-        )
+        verdict = "dense is faster" if gain < 1 else f"not beyond the {needed:.2f}x asked for (noise included)"
         row.reason = f"{verdict}: best candidate {best.candidate} at {gain:.2f}x{where}"
     _kept[site.modules[0]] = (signature, row)
     return None
@@ -444,9 +440,7 @@ def _run_again(
 def _notes(model: nn.Module, root: nn.Module, chosen: list[tuple[Site, Trial]]) -> list[str]:
     notes = []
     if root is not model:
-        notes.append(
-            "The model itself is the layer that was converted: use report.model, the argument is unchanged."
-        )
+        notes.append("The model itself is the layer that was converted: use report.model, the argument is unchanged.")
         warnings.warn(notes[-1], stacklevel=3)
     converted = {id(trial.module) for _, trial in chosen}
     fused = sum(

@@ -60,10 +60,7 @@ def backend_of(module: SparseModule, x: Tensor) -> tuple[str, str]:
     if isinstance(module, SparseLinear):
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         name = dispatch.choose("mm", packed, rows).__name__.rpartition(".")[2]
-        tried = {
-            b: dispatch.why_not(b, "mm", packed, rows)
-            for b in dispatch.backends(module.format, x.device.type)
-        }
+        tried = {b: dispatch.why_not(b, "mm", packed, rows) for b in dispatch.backends(module.format, x.device.type)}
     else:
         name = library.choose("conv2d", packed, x, None).__name__.rpartition(".")[2]
         tried = {b: library.why_not(b, "conv2d", packed, x) for b in dispatch.BACKENDS}

@@ -69,9 +69,7 @@ class SparseLinear(SparseModule):
     def to_dense(self) -> nn.Linear:
         """The nn.Linear with the same weight, zeros filled in."""
         weight = self.dense_weight().detach()
-        dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype
-        )
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype)
         dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         if self.bias is not None:
             dense.bias = self.bias

@@ -114,9 +114,7 @@ class Report:
         for row in self.rows:
             if layer == row.layer or layer in row.also:
                 return row
-        raise KeyError(
-            f"no layer {layer!r} in this report; it has {', '.join(r.layer for r in self.rows) or 'none'}"
-        )
+        raise KeyError(f"no layer {layer!r} in this report; it has {', '.join(r.layer for r in self.rows) or 'none'}")
 
     @property
     def converted(self) -> list[Row]:
@@ -148,9 +146,7 @@ class Report:
     def text(self, width: int = 160, colour: bool = False) -> str:
         """The table as text of at most `width` columns (at least 40); narrow ones leave columns out."""
         file = io.StringIO()
-        console = Console(
-            file=file, width=max(40, width), force_terminal=colour, no_color=not colour, highlight=False
-        )
+        console = Console(file=file, width=max(40, width), force_terminal=colour, no_color=not colour, highlight=False)
         if not colour:
             console.legacy_windows = False
         console.print(self.__rich__(console.width))
@@ -199,9 +195,7 @@ class Report:
         lines = [f"{len(self.rows)} layers: {', '.join(counts) or 'none'}."]
         if t["bytes_before"]:
             share = t["bytes_after"] / t["bytes_before"]
-            lines.append(
-                f"Weights: {_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({100 * share:.0f} %)."
-            )
+            lines.append(f"Weights: {_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({100 * share:.0f} %).")
         if t["speedup"] is not None:
             lines.append(
                 f"{t['timed']} timed layers, all calls of the sample: {_ms(t['dense_ms'])} ms dense -> "
@@ -262,9 +256,7 @@ class Report:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
         t = self.totals()
         speed = f", {t['speedup']:.2f}x over all timed layers" if t["speedup"] is not None else ""
-        figure.suptitle(
-            f"sparsekern: {len(self.converted)} of {len(self.rows)} layers converted{speed}", fontsize=11
-        )
+        figure.suptitle(f"sparsekern: {len(self.converted)} of {len(self.rows)} layers converted{speed}", fontsize=11)
         figure.savefig(str(path), dpi=120)
         return Path(path)
 

@@ -112,9 +112,7 @@ class _Context:
             self._note_adapters(m)
 
     def _add_extent(self, p: Tensor, name: str) -> None:
-        plain = (
-            type(p) in (nn.Parameter, Tensor) and p.layout == torch.strided and not p.is_meta and p.numel()
-        )
+        plain = type(p) in (nn.Parameter, Tensor) and p.layout == torch.strided and not p.is_meta and p.numel()
         if plain:
             reach = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
             self.extents.append((id(p), p.data_ptr(), p.data_ptr() + reach * p.element_size(), name))
@@ -163,10 +161,7 @@ class _Context:
         if id(module) in self.listed:
             return f"also held by the plain container {self.listed[id(module)]}, where it cannot be replaced"
         return (
-            _why_not_class(module)
-            or _why_not_weight(module)
-            or _why_not_extras(module)
-            or self._why_not_shared(module)
+            _why_not_class(module) or _why_not_weight(module) or _why_not_extras(module) or self._why_not_shared(module)
         )
 
     def _why_not_shared(self, module: nn.Module) -> str | None:
@@ -191,9 +186,7 @@ class _Context:
         other = Counter(
             type(m).__name__
             for m in self.modules
-            if not isinstance(
-                m, (*KINDS, SparseModule, nn.MultiheadAttention, Mask, parametrize.ParametrizationList)
-            )
+            if not isinstance(m, (*KINDS, SparseModule, nn.MultiheadAttention, Mask, parametrize.ParametrizationList))
             and any(p is not None and p.dim() > 1 for p in m._parameters.values())
         )
         if not other:
@@ -279,8 +272,7 @@ def _why_not_weight(module: Any) -> str | None:
 def _foreign_pre_hook(module: nn.Module) -> bool:
     """True where something beside torch.nn.utils.prune computes the weight before a forward."""
     return (
-        not any(_is_pruning(hook) for hook in module._forward_pre_hooks.values())
-        or "bias_orig" in module._parameters
+        not any(_is_pruning(hook) for hook in module._forward_pre_hooks.values()) or "bias_orig" in module._parameters
     )
 
 

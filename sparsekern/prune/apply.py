@@ -73,9 +73,7 @@ def _prunable(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Conv2d))
 
 
-def _targets(
-    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
-) -> list[tuple[str, nn.Module]]:
+def _targets(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None) -> list[tuple[str, nn.Module]]:
     users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():

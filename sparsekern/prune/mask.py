@@ -66,15 +66,11 @@ def finalize_(model: nn.Module) -> nn.Module:
     for name, module in masked:
         if len(module.parametrizations["weight"]) > 1:
             kinds = ", ".join(type(step).__name__ for step in module.parametrizations["weight"])
-            raise ValueError(
-                f"{name or type(module).__name__}: the weight has several parametrizations ({kinds})"
-            )
+            raise ValueError(f"{name or type(module).__name__}: the weight has several parametrizations ({kinds})")
     for _, module in masked:
         _own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        for name in [
-            n for n in module._parameters if n != "weight"
-        ]:  # the weight first again, as optimizers saw it
+        for name in [n for n in module._parameters if n != "weight"]:  # the weight first again, as optimizers saw it
             module._parameters[name] = module._parameters.pop(name)
     return model
 

@@ -66,16 +66,12 @@ class NM(Pattern):
 
     def mask(self, scores: Tensor, sparsity: float | None = None, p: float = 1.0) -> Tensor:
         if sparsity is not None and abs(sparsity - self.sparsity) > 1e-6:
-            raise ValueError(
-                f"keep={self.keep}, group={self.group} has sparsity {self.sparsity:g}, not {sparsity}"
-            )
+            raise ValueError(f"keep={self.keep}, group={self.group} has sparsity {self.sparsity:g}, not {sparsity}")
         matrix = _matrix(scores, self.order)
         rows = matrix if self.axis == 1 else matrix.t()
         k = rows.shape[1]
         # Padding scores below every weight, so that a ragged group keeps real entries.
-        groups = torch.nn.functional.pad(rows, (0, -k % self.group), value=-1.0).unflatten(
-            1, (-1, self.group)
-        )
+        groups = torch.nn.functional.pad(rows, (0, -k % self.group), value=-1.0).unflatten(1, (-1, self.group))
         best = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.keep]
         kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(1)[:, :k]
         kept = kept if self.axis == 1 else kept.t()

@@ -22,9 +22,7 @@ def magnitude(weight: Tensor, p: float = 1.0) -> Tensor:
     size = weight.detach().abs()
     size = size if size.dtype == torch.float64 else size.to(torch.float32)
     if bool(torch.isnan(size).any()):
-        raise ValueError(
-            f"the weight of shape {tuple(weight.shape)} holds NaN; there is no magnitude to prune by"
-        )
+        raise ValueError(f"the weight of shape {tuple(weight.shape)} holds NaN; there is no magnitude to prune by")
     return size if p == 1 or math.isinf(p) else size.pow(p)
 
 
