@@ -126,7 +126,7 @@ def test_threads_agree(isa):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
-@pytest.mark.parametrize(("n", "k"), [(0, 8), (3, 0), (1, 1), (5, 13), (7, 24), (300, 500)])
+@pytest.mark.parametrize(("n", "k"), [(0, 0), (0, 8), (3, 0), (1, 1), (5, 13), (7, 24), (300, 500)])
 def test_pack(isa, dtype, n, k):  # type: ignore[no-untyped-def]
     w = weight(n, k, dtype, density=0.4)
     if n * k > 4 and dtype.is_floating_point:

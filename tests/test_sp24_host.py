@@ -174,7 +174,7 @@ def host_pack(dense, top2=False):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
-@pytest.mark.parametrize(("n", "k"), [(0, 8), (3, 0), (1, 1), (5, 13), (7, 24), (300, 500)])
+@pytest.mark.parametrize(("n", "k"), [(0, 0), (0, 8), (3, 0), (1, 1), (5, 13), (7, 24), (300, 500)])
 def test_pack_is_the_oracles(isa, dtype, n, k):  # type: ignore[no-untyped-def]
     w = weight(n, k, dtype, density=0.35)
     expected = Sp24(
