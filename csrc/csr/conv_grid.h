@@ -24,6 +24,7 @@ struct ConvGrid {
     int64_t image_rows, pitch;  // filled in by finish()
     int64_t phases;
     const int32_t* phase;  // a * step_w + b of each phase that a tap needs
+    bool compact;          // strips skip what lies between lines and images, for which they must be packed
 
     void finish(int64_t height, int64_t width) {
         pitch = gw + halo_w - shared(pad_w, step_w, gw, halo_w, width);
@@ -61,8 +62,11 @@ struct Strip {
     int vectors;
 };
 
+// Positions from one line to the next, and lines from one image to the next, along the strips of a task.
+inline int64_t line_step(const ConvGrid& g) { return g.compact ? g.gw : g.pitch; }
+inline int64_t image_step(const ConvGrid& g, const ConvTask& t) { return g.compact ? t.lines : g.image_rows; }
 inline int64_t task_length(const ConvGrid& g, const ConvTask& t) {
-    return ((t.count - 1) * g.image_rows + t.lines - 1) * g.pitch + g.gw;
+    return ((t.count - 1) * image_step(g, t) + t.lines - 1) * line_step(g) + g.gw;
 }
 inline int64_t strip_count(int64_t vectors) { return (vectors + kStripVectors - 1) / kStripVectors; }
 inline Strip strip_of(int64_t vectors, int64_t s) {
@@ -74,8 +78,7 @@ inline int64_t plane_lines(const ConvGrid& g, const ConvTask& t) {
 }
 // Floats from one plane to the next: every strip read stays inside, and planes do not fall on the same cache sets.
 inline int64_t plane_size(const ConvGrid& g, const ConvTask& t) {
-    const int64_t reach = task_length(g, t) + kLanes + g.halo_h * g.pitch + g.halo_w;
-    const int64_t size = (most(reach, plane_lines(g, t) * g.pitch) + 2 * kLanes + 15) / 16 * 16;
+    const int64_t size = ((plane_lines(g, t) + 1) * g.pitch + g.halo_w + 3 * kLanes + 15) / 16 * 16;
     return size % 256 == 0 ? size + 16 : size;
 }
 
@@ -201,6 +204,36 @@ void fill_planes(const ConvGrid& g, const ConvTensor& x, const ConvTask& t, int6
     }
 }
 
+// A run of pixels of one strip that lies in a tensor: `count` of them from strip position `at`, element `offset`.
+struct Piece {
+    int32_t at, count;
+    int64_t offset;
+};
+
+// The pieces of strip positions [q, q + length) inside a map; at most length of them.
+inline int64_t make_pieces(const ConvGrid& g, const ConvTask& t, const ConvMap& m, int64_t stride_b, int64_t q,
+                           int64_t length, Piece* out) {
+    int64_t made = 0;
+    const int64_t step = line_step(g), lines = image_step(g, t);
+    for (int64_t line = q / step; line * step < q + length; ++line) {
+        const int64_t nth = line / lines, i = line - nth * lines + t.line;
+        if (nth >= t.count || i - t.line >= t.lines || i < m.i0 || i >= m.i1) continue;
+        const int64_t start = line * step - q;  // strip position of j = 0
+        const int64_t j0 = most(m.j0, -start), j1 = least(m.j1, length - start);
+        if (j0 >= j1) continue;
+        const int64_t offset = m.offset + (t.image + nth) * stride_b + i * m.stride_i + j0 * m.stride_j;
+        if (made) {
+            Piece& last = out[made - 1];
+            if (last.at + last.count == start + j0 && last.offset + last.count * m.stride_j == offset) {
+                last.count += int32_t(j1 - j0);
+                continue;
+            }
+        }
+        out[made++] = {int32_t(start + j0), int32_t(j1 - j0), offset};
+    }
+    return made;
+}
+
 // panel[k - k0] = `vectors` vectors of pixels from position q on, k in [k0, k1), one column after the other.
 inline void pack_planes(const ConvTaps& taps, const float* planes, int64_t size, int64_t q, int vectors, int64_t k0,
                         int64_t k1, float* panel) {
@@ -215,6 +248,23 @@ inline void pack_planes(const ConvTaps& taps, const float* planes, int64_t size,
             for (int u = 0; u < U; ++u) vf_store(panel + u * kLanes, vf_load(p + u * kLanes));
         }
     });
+}
+
+// The same of a compact grid: the pieces of the strip one after the other. Spills up to kLanes - 1 floats.
+inline void pack_pieces(const ConvTaps& taps, const float* planes, int64_t size, const Piece* pieces, int64_t count,
+                        int vectors, int64_t k0, int64_t k1, float* panel) {
+    const int filled = count ? pieces[count - 1].at + pieces[count - 1].count : 0;
+    for (int64_t k = k0; k < k1; ++k, panel += vectors * kLanes) {
+        if (taps.plane[k] < 0) {
+            zero(panel, vectors * kLanes);
+            continue;
+        }
+        const float* p = planes + taps.plane[k] * size + taps.shift[k];
+        for (int64_t i = 0; i < count; ++i)  // upwards: what a piece spills the next one overwrites
+            for (int j = 0; j < pieces[i].count; j += kLanes)
+                vf_store(panel + pieces[i].at + j, vf_load(p + pieces[i].offset + j));
+        if (filled < vectors * kLanes) vf_store(panel + filled, Vf{});
+    }
 }
 
 // The same from planes that are the tensor itself (1x1, stride 1): `left` pixels from `data` on, zeros after them.
@@ -234,35 +284,6 @@ void pack_pixels(const char* data, int64_t stride_c, int64_t channels, int64_t l
                                                          : Vf{});
         }
     }
-}
-
-// A run of pixels of one strip that lies in a tensor: `count` of them from strip position `at`, element `offset`.
-struct Piece {
-    int32_t at, count;
-    int64_t offset;
-};
-
-// The pieces of strip positions [q, q + length) inside a map; at most length of them.
-inline int64_t make_pieces(const ConvGrid& g, const ConvTask& t, const ConvMap& m, int64_t stride_b, int64_t q,
-                           int64_t length, Piece* out) {
-    int64_t made = 0;
-    for (int64_t line = q / g.pitch; line * g.pitch < q + length; ++line) {
-        const int64_t nth = line / g.image_rows, i = line - nth * g.image_rows + t.line;
-        if (nth >= t.count || i - t.line >= t.lines || i < m.i0 || i >= m.i1) continue;
-        const int64_t start = line * g.pitch - q;  // strip position of j = 0
-        const int64_t j0 = most(m.j0, -start), j1 = least(m.j1, length - start);
-        if (j0 >= j1) continue;
-        const int64_t offset = m.offset + (t.image + nth) * stride_b + i * m.stride_i + j0 * m.stride_j;
-        if (made) {
-            Piece& last = out[made - 1];
-            if (last.at + last.count == start + j0 && last.offset + last.count * m.stride_j == offset) {
-                last.count += int32_t(j1 - j0);
-                continue;
-            }
-        }
-        out[made++] = {int32_t(start + j0), int32_t(j1 - j0), offset};
-    }
-    return made;
 }
 
 // y = act(acc + bias) for `rows` rows of a strip; y and bias begin at the first row.

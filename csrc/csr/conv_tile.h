@@ -55,6 +55,7 @@ struct BlockRange {
     const int32_t *base, *start;
     const Entry* entries;
     int64_t blocks;
+    int lines;  // cache lines that one row's values usually take
 };
 
 // sums[n][0 .. width) (+)= sum over the stored values of row n of value * pixels, for U vectors of a strip of `width`
@@ -73,6 +74,10 @@ void strip_blocks(const BlockRange<Entry>& w, const float* panel, int64_t width,
         const float* const values[kBlockRows] = {w.values + base[0], w.values + base[1], w.values + base[2],
                                                  w.values + base[3]};
         const Entry* entry = w.entries + w.start[b];
+        if (b + 2 < w.blocks)  // a row's values in a tile are too short a run for the hardware to see it coming
+            for (int r = 0; r < kBlockRows; ++r)
+                for (int line = 0; line < w.lines; ++line)
+                    __builtin_prefetch(w.values + base[2 * kBlockRows + r] + 16 * line);
         [&]<int... I>(std::integer_sequence<int, I...>) {
             (block_columns<I + 1, U>(acc, values, entry, counts[I + 1], panel, width), ...);
         }(std::make_integer_sequence<int, 15>{});

@@ -103,7 +103,7 @@ int64_t partition(Engine& e, int threads) {
     const ConvGrid& g = e.grid;
     const int64_t per_pixel = (e.tiles > 1 ? e.group_rows : 0) + (e.view ? 0 : e.group_channels * g.phases);
     const int64_t longest = most(2 * kStrip, kCacheFloats / most(per_pixel, 1));
-    const int64_t image = g.image_rows * g.pitch, images = e.in.images;
+    const int64_t image = g.compact ? g.gh * g.gw : g.image_rows * g.pitch, images = e.in.images;
     const int64_t want = ceil_div(threads, e.groups);  // tasks per group
     int64_t image_tasks = images, line_tasks = 1;
     if (image <= longest && !e.view) {
@@ -153,7 +153,7 @@ struct TaskInput {
             planes -= c0 * e.grid.phases * size;
         }
         if (e.weight.tile) {
-            panel = scratch_of<float>(kPanel, least(e.weight.tile, e.weight.columns) * kStrip);
+            panel = scratch_of<float>(kPanel, least(e.weight.tile, e.weight.columns) * kStrip + kLanes);
         } else {
             offsets = scratch_of<int64_t>(kOffsets, e.weight.columns);
             for (int64_t k = 0; k < e.weight.columns; ++k) offsets[k] = e.taps.plane[k] * size + e.taps.shift[k];
@@ -172,7 +172,16 @@ struct TaskInput {
                                t.lines * x.width - q, s.vectors, k0, k1, panel);
             });
         } else {
-            pack_planes(e.taps, planes, size, q, s.vectors, k0, k1, panel);
+            const ConvGrid& g = e.grid;
+            if (g.compact) {
+                const int64_t image = g.image_rows * g.pitch;
+                const ConvMap map{0, g.gh, 0, g.gw, -t.line * g.pitch - t.image * image, g.pitch, 1};
+                Piece* pieces = scratch_of<Piece>(kPieces, kStrip);
+                const int64_t count = make_pieces(g, t, map, image, q, s.vectors * kLanes, pieces);
+                pack_pieces(e.taps, planes, size, pieces, count, s.vectors, k0, k1, panel);
+            } else {
+                pack_planes(e.taps, planes, size, q, s.vectors, k0, k1, panel);
+            }
         }
         return {panel, s.vectors * kLanes, nullptr};
     }
@@ -209,9 +218,10 @@ void run_blocks(const Engine& e, const ConvTask& t, int64_t tile, Strip s, int64
     const int64_t per_group = ceil_div(e.group_rows, kBlockRows), width = s.vectors * kLanes;
     const int64_t at = (tile * e.groups + t.group) * per_group + row0 / kBlockRows;
     const int64_t blocks = ceil_div(row1 - row0, kBlockRows);
+    const int lines = w.narrow ? int(least(8, w.stored / most(1, w.rows * e.tiles) / 16 + 2)) : 0;
     auto run = [&]<class Entry>(const Entry* entries) {
-        const BlockRange<Entry> range{e.values, w.counts + 16 * at, w.base + kBlockRows * at, w.start + at, entries,
-                                      blocks};
+        const BlockRange<Entry> range{
+            e.values, w.counts + 16 * at, w.base + kBlockRows * at, w.start + at, entries, blocks, lines};
         for (int v = 0; v < s.vectors; v += kBlockVectors) {
             const int vectors = s.vectors - v < kBlockVectors ? s.vectors - v : kBlockVectors;
             dispatch_strip<kBlockVectors>(vectors, [&]<int U>() {
@@ -255,6 +265,13 @@ void run_task(const Engine& e, const ConvTask& t, const Epilogue& epilogue) {
         }
 }
 
+// Whether strips should skip what lies between lines: packing short pieces must pay in the products saved.
+bool worth_compacting(const Engine& e) {
+    const int64_t uses = e.weight.stored / most(1, e.weight.columns * e.groups);
+    return e.weight.tile && !e.view && 10 * e.grid.pitch * e.grid.image_rows > 11 * e.grid.gw * e.grid.gh &&
+           (uses >= 16 || e.grid.gw >= kLanes);
+}
+
 int64_t tile_count(const ConvStream& w) { return w.tile ? most(1, ceil_div(w.columns, w.tile)) : 1; }
 
 int limit_threads(const ConvStream& w, const ConvTensor& y, int threads) {
@@ -277,6 +294,7 @@ Engine forward_engine(const ConvGeometry& g, const ConvTensor& x, const ConvTens
     e.view = w.tile && g.kh == 1 && g.kw == 1 && g.stride_h == 1 && g.stride_w == 1 && !g.pad_top && !g.pad_left &&
              x.height == y.height && x.width == y.width && x.stride_w == 1 && x.stride_h == x.width &&
              (x.images == 1 || x.height * x.width >= 2 * kStrip);
+    e.grid.compact = worth_compacting(e);
     return e;
 }
 
@@ -330,6 +348,7 @@ void conv_backward_input(const ConvBackwardInput& a) {
                           g.stride_w * a.dx.stride_w};
     }
     e.maps = tables.maps, e.tiles = tile_count(a.weight), e.view = false;
+    grid.compact = worth_compacting(e);
     e.values = float_values(a.weight, threads);
     const Epilogue none{nullptr, nullptr, Dtype::f32, Act::none};
     parallel_for(partition(e, threads), threads, [&](int64_t index) { run_task(e, task_at(e, index), none); });
