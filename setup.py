@@ -117,7 +117,8 @@ class NinjaBuild(build_ext):
             return
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Not build_temp: pip makes a new one for every editable install, and the build would never be incremental.
-        objects = ROOT / "build" / f"host-{sys.implementation.cache_tag}"
+        kind = "-".join(["host", *os.environ.get("SPARSEKERN_SANITIZE", "").split(",")]).rstrip("-")
+        objects = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}"
         objects.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         (objects / "build.ninja").write_text(ninja_file(cxx, out, objects))
