@@ -21,6 +21,7 @@ ROWS = (
     {"_ext", "_plan", "layout", "tune", "heuristic", "patterns"},
     {"formats/layout"},
     {"formats/pack"},
+    {"_rows"},
     {"formats/package", "ref"},
     {"formats/launcher", "formats"},
     {"dispatch"},
