@@ -30,7 +30,8 @@ SHAPES = (
 def load(path: str) -> ModuleType:
     """The module as sparsekern._host, with every entry noting that it was called."""
     spec = importlib.util.spec_from_file_location("sparsekern._host", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name in entries(module):
@@ -122,9 +123,7 @@ def quantised(format: str, block: Any, m: int, n: int, k: int) -> None:
     for dtype in (torch.int8, torch.float32, torch.bfloat16, torch.float16):
         x = testing.random_dense(m, k, dtype=dtype, seed=1)
         if dispatch.why_not("host", "mm", layout, x) is None:
-            y = dispatch.choose("mm", layout, x, "host").mm(
-                layout, x, testing.random_dense(n, seed=3), "relu"
-            )
+            y = dispatch.choose("mm", layout, x, "host").mm(layout, x, testing.random_dense(n, seed=3), "relu")
             right = testing.reference_mm(wide, x, testing.random_dense(n, seed=3), "relu")
             testing.assert_close(y, right, tol=2e-2)
         if dtype != torch.int8 and dispatch.why_not("host", "mm_t", layout, x) is None:
@@ -161,15 +160,9 @@ def convolutions() -> None:
             conv = nn.Conv2d(8, 12, 3, **options)  # type: ignore[arg-type]
             weight = testing.random_weight("sp24", 12, 72 // groups)
             conv.weight = nn.Parameter(weight.view(12, 8 // groups, 3, 3))
-            sparse = SparseConv2d.from_dense(
-                conv, format=format, **({"block_size": 4} if format == "bsr" else {})
-            )
+            sparse = SparseConv2d.from_dense(conv, format=format, **({"block_size": 4} if format == "bsr" else {}))
             for memory in (torch.contiguous_format, torch.channels_last):
-                x = (
-                    testing.random_dense(2, 8, 11, 9, seed=1)
-                    .contiguous(memory_format=memory)
-                    .requires_grad_()
-                )
+                x = testing.random_dense(2, 8, 11, 9, seed=1).contiguous(memory_format=memory).requires_grad_()
                 y = sparse(x)
                 right = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), **options)  # type: ignore
                 testing.assert_close(y, right, tol=1e-5)

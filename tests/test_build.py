@@ -1,0 +1,88 @@
+"""The build: the compiled module is there, every instruction set was built, and what is missing is said in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import FLOATS, FOUR, Case, param
+from conftest import host_isas
+
+from sparsekern import _ext, dispatch
+from sparsekern.testing import random_dense
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_compiled_module_is_there() -> None:
+    """Every test of the host kernels is empty without it, so this one fails."""
+    assert _ext.why_not_host() is None
+    assert "portable" in host_isas()
+
+
+def test_active_isa_is_the_best() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from sparsekern import _ext; print(_ext.host().active_isa())"],
+        env={k: v for k, v in os.environ.items() if k != "SPARSEKERN_ISA"}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == host_isas()[-1], done.stderr
+
+
+@pytest.mark.parametrize("isa", ["portable", "nonsense"])
+def test_environment_lowers_the_isa(isa: str) -> None:
+    code = "from sparsekern import _ext; print(_ext.host().active_isa())"
+    env = {**os.environ, "SPARSEKERN_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == (isa if isa == "portable" else host_isas()[-1]), done.stderr
+
+
+def test_unknown_isa_is_refused() -> None:
+    module = _ext.host()
+    with pytest.raises(ValueError, match="unknown instruction set 'sse9'"):
+        module.set_active_isa("sse9")
+    for name in ("avx2", "avx512", "avx512_bf16", "amx"):
+        if name not in host_isas():
+            with pytest.raises(ValueError, match=r"not supported|was not built"):
+                module.set_active_isa(name)
+
+
+@param(FOUR)
+@param(FLOATS, "dtype")
+@pytest.mark.parametrize("op", ["mm", "mm_t", "sddmm"])
+def test_nothing_in_the_matrix_is_a_stub(case: Case, dtype, op: str) -> None:  # type: ignore[no-untyped-def]
+    """The support matrix: every format has each product on the host in float32 and both halves."""
+    layout = case.pack(case.dense(8, 16, dtype))
+    x = random_dense(3, 8 if op == "mm_t" else 16, dtype=dtype)
+    assert dispatch.why_not("host", op, layout, x) is None
+    assert dispatch.choose(op, layout, x).__name__.endswith(".host")
+
+
+def test_no_compiler_is_one_line(tmp_path: Path) -> None:
+    """Without g++ the package installs and says what does not work."""
+    env = {**os.environ, "PATH": str(tmp_path), "CXX": ""}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sparsekern: no C++ compiler (g++) found: the CPU kernels are not built" in done.stderr
+    assert not list((tmp_path / "lib").rglob("*.so"))
+
+
+def test_unknown_isa_in_the_build_is_refused(tmp_path: Path) -> None:
+    env = {**os.environ, "SPARSEKERN_ISAS": "portable,avx1024"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "avx1024" in done.stderr
+
+
+@pytest.mark.parametrize("format", ["sp24", "bsr", "csr", "bitmap"])
+def test_explain(format: str) -> None:
+    """Every backend with its reason, none without."""
+    case = Case(format, (4, 4))
+    reasons = dispatch.explain("mm", case.pack(case.dense(8, 16)), random_dense(3, 16))
+    assert reasons["ref"] is None
+    assert reasons["host"] is None
+    assert all(reasons[name] for name in ("cuda", "triton", "vendor"))
