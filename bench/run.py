@@ -1,4 +1,4 @@
-"""Gate, time, record: python bench/run.py [GROUP ...] [--out FILE] [--repeats N].
+"""Gate, time, record: python -m bench.run [GROUP ...] [--out FILE] [--repeats N].
 
 Every case is checked before it is timed. A row holds the median and the spread of each variant, each bar with its
 ratio and whether it was met, and the machine; `scripts/results_table` writes the README's tables from these files.
@@ -8,42 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from sparsekern import _ext
 from sparsekern.testing import measure, threads
 
-import cases as catalogue  # isort: skip  (beside this file)
-
-HERE = Path(__file__).parent
-
-
-def machine() -> dict[str, Any]:
-    """What a reader needs to know to compare: processor, instruction set, versions, commit."""
-    cpu = "unknown"
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
-    return {
-        "cpu": cpu,
-        "isa": _ext.host().active_isa(),
-        "cores": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.strip(),
-        "date": date.today().isoformat(),
-    }
+from . import cases as catalogue
+from . import report
 
 
 def run(case: catalogue.Case, repeats: int) -> dict[str, Any]:
@@ -100,18 +76,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
-    console = Console()
+    console = report.console()
     rows: list[dict[str, Any]] = []
     for group in args.groups or catalogue.GROUPS:
         made = []
         for case in catalogue.GROUPS[group]():
             row = run(case, args.repeats)
             made.append(row)
-            console.print(f"[dim]{case.name}[/dim]", highlight=False)
+            console.print(f"[dim]{escape(case.name)}[/dim]", highlight=False)
         show(made, console)
         rows += made
     if args.out:
-        args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"machine": report.machine(), "rows": rows}, indent=1) + "\n")
     if any("error" in row for row in rows):
         raise SystemExit("a gate failed: its row has no time")
 
