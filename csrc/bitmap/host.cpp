@@ -54,7 +54,8 @@ struct FloatRows {
             const int64_t bytes = __builtin_popcount(mask) * kSize;
             const void* from = s.v[r];
             alignas(64) char part[kChunk * kSize];
-            if constexpr (Careful) from = __builtin_memcpy(part, from, size_t(bytes));
+            if constexpr (Careful)
+                from = bytes ? __builtin_memcpy(part, from, size_t(bytes)) : part;  // from may be null then
             const Pair f = expand<T>(mask, from);
             s.v[r] += bytes;
             for (int m = 0; m < M; ++m) {

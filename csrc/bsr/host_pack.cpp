@@ -95,7 +95,7 @@ void bsr_count(const BsrPack& a) {
     const uint64_t mask = significant(a.dtype);
     for_block_rows(a, [&](int64_t i) {
         uint8_t* flags = a.flags + i * grid_cols;
-        std::memset(flags, 0, size_t(grid_cols));
+        if (grid_cols) std::memset(flags, 0, size_t(grid_cols));  // memset(null, 0, 0) is undefined
         for (int64_t r = 0; r < part(a.rows, i, a.block_rows); ++r) {
             const char* row = static_cast<const char*>(a.dense) + (i * a.block_rows + r) * a.ld * size;
             for (int64_t c = 0; c < grid_cols; ++c)
@@ -128,7 +128,7 @@ void bsr_unpack(const BsrPack& a) {
     const int64_t row_bytes = a.cols * size_of(a.dtype), ld = a.ld * size_of(a.dtype);
     for_block_rows(a, [&](int64_t i) {
         for (int64_t r = 0; r < part(a.rows, i, a.block_rows); ++r)
-            std::memset(static_cast<char*>(a.dense) + (i * a.block_rows + r) * ld, 0, size_t(row_bytes));
+            if (row_bytes) std::memset(static_cast<char*>(a.dense) + (i * a.block_rows + r) * ld, 0, size_t(row_bytes));
         visit(a, i, [](char* dense, const char* block, int64_t bytes, int64_t) {
             if (bytes) std::memcpy(dense, block, size_t(bytes));
         });

@@ -107,7 +107,7 @@ inline const void* padded_rows(const Dense& x, int64_t width, int slot) {
     char* to = static_cast<char*>(scratch(slot, size_t(most(1, x.rows * width * size))));
     for (int64_t m = 0; m < x.rows; ++m) {
         char* row = to + m * width * size;
-        __builtin_memcpy(row, static_cast<const char*>(x.data) + m * x.ld * size, size_t(x.cols * size));
+        if (x.cols) __builtin_memcpy(row, static_cast<const char*>(x.data) + m * x.ld * size, size_t(x.cols * size));
         __builtin_memset(row + x.cols * size, 0, size_t((width - x.cols) * size));
     }
     return to;

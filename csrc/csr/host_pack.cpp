@@ -134,7 +134,7 @@ void csr_unpack(const CsrPack& a) {
         const auto* values = static_cast<const typename Bits<T>::type*>(a.values);
         for_rows(a, [&](int64_t n) {
             auto* row = row_of<T>(a, n);
-            std::memset(row, 0, size_t(a.dense.cols) * sizeof(*row));
+            if (a.dense.cols) std::memset(row, 0, size_t(a.dense.cols) * sizeof(*row));
             for (int64_t j = a.crow[n]; j < a.crow[n + 1]; ++j) row[a.col[j]] = values[j];
         });
     });

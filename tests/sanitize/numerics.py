@@ -77,7 +77,7 @@ def main() -> None:
                 if format in ("sp24", "bsr"):
                     for m, n, k in SHAPES:
                         quantised(format, block, m, n, k)
-            large(isa)
+            large()
             convolutions()
     assert module.active_isa() in isas
     never = set(entries(module)) - CALLED
@@ -95,12 +95,13 @@ def products(format: str, block: Any, dtype: Any, m: int, n: int, k: int) -> Non
     dense = testing.random_weight(format, n, k, dtype, 0.4, block, seed=m)
     layout = testing.pack(format, dense, block).check()
     assert torch.equal(layout.unpack(), dense)
+    assert torch.equal(layout.to_dense(), dense)
     x, dy = testing.random_dense(m, k, dtype=dtype, seed=1), testing.random_dense(m, n, dtype=dtype, seed=2)
     bias = testing.random_dense(n, dtype=dtype, seed=3)
     if dispatch.why_not("host", "mm", layout, x) is None:
         host = dispatch.choose("mm", layout, x, "host")
         for rows in (x, x.t().contiguous().t()):
-            for activation in ("none", "gelu"):
+            for activation in ("none", "gelu", "none"):  # a weight used again may be walked in another order
                 y = host.mm(layout, rows, bias, activation)
                 testing.assert_close(y, testing.reference_mm(dense, x, bias, activation), dtype, tol=2e-2)
     if dispatch.why_not("host", "mm_t", layout, dy) is None:
@@ -132,8 +133,8 @@ def quantised(format: str, block: Any, m: int, n: int, k: int) -> None:
             testing.assert_close(dx, testing.reference_mm_t(wide, dy), tol=2e-2)
 
 
-def large(isa: str) -> None:
-    """Enough work to be shared between threads, and pruning while packing."""
+def large() -> None:
+    """Enough work to be shared between threads, pruning while packing, and what only benches call."""
     import torch
 
     from sparsekern import testing
@@ -142,8 +143,16 @@ def large(isa: str) -> None:
     for format in ("sp24", "bsr", "csr", "bitmap"):
         for dtype in (torch.float32, torch.bfloat16):
             products(format, 32, dtype, 33, 515, 390)
+            products(format, 32, dtype, 129, 130, 390)
     packed = pack(testing.random_dense(37, 61), prune=True).check()
     assert packed.unpack().count_nonzero() > 37 * 28
+    module = sys.modules["sparsekern._host"]
+    assert module.sp24_check(packed.meta.data_ptr(), packed.meta.numel()) == -1
+    for m, n, k in ((1, 5, 33), (3, 17, 96), (2, 8, 130)):
+        x, w = testing.random_dense(m, k, dtype=torch.bfloat16), testing.random_dense(n, k, dtype=torch.bfloat16)
+        y = x.new_empty(m, n)
+        module.dense_gemv_bf16(x.data_ptr(), w.data_ptr(), y.data_ptr(), m, n, k, 2)
+        testing.assert_close(y, testing.reference_mm(w, x), tol=2e-2)
 
 
 def convolutions() -> None:
