@@ -121,7 +121,7 @@ struct DotRows {
 #endif
 
 // Tokens from which tiles are faster; half has more planes than bf16, and float more still.
-[[maybe_unused]] constexpr int64_t kTileMin = 3, kTileMinWide = 8;
+[[maybe_unused]] constexpr int64_t kTileMin = 6, kTileMinWide = 24;
 
 void mm(const Bitmap& w, const Dense& x, const Dense& y, const Epilogue& e, int threads) {
 #if SK_LEVEL >= SK_AMX

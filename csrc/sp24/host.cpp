@@ -131,18 +131,18 @@ void mm_picked(const Sp24& w, const Dense& x, const Dense& y, const Epilogue& e,
     decode(PickRows<T, false>{w, floats, width}, w.n, y, e, work, threads);
 }
 
-// Tokens from which panels are faster.
-[[maybe_unused]] constexpr int64_t kTileMin = 4, kTileMinWide = 12;  // tiles: bf16 and int8; types with more planes
+// Tokens from which panels are faster than picking.
 constexpr int64_t kPanelTokens = kLanes + 1;
 
-[[maybe_unused]] int planes(const Sp24& w, const Dense& x) {
-    auto wide = [](Dtype t) { return t == Dtype::f32 || t == Dtype::f16; };
-    return wide(w.dtype) || wide(x.dtype) ? 2 : 1;
+// Tokens from which tiles are faster than anything else: the more planes, the later. Measured at 4096 x 4096.
+[[maybe_unused]] int64_t tile_tokens(const Sp24& w, const Dense& x) {
+    if (w.dtype == Dtype::f32 || x.dtype == Dtype::f32) return 64;
+    return w.dtype == Dtype::f16 || x.dtype == Dtype::f16 ? 24 : 6;
 }
 
 void mm(const Sp24& w, const Dense& x, const Dense& y, const Epilogue& e, int threads) {
 #if SK_LEVEL >= SK_AMX
-    if (x.rows >= (planes(w, x) > 1 ? kTileMinWide : kTileMin) && sp24_mm_tiles(w, x, y, e, threads)) return;
+    if (x.rows >= tile_tokens(w, x) && sp24_mm_tiles(w, x, y, e, threads)) return;
 #endif
     if (x.rows >= kPanelTokens) return sp24_mm_panels(w, x, y, e, threads);
 #if SK_LEVEL >= SK_AVX512_BF16
