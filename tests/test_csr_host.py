@@ -224,3 +224,14 @@ def test_why_not():
     assert "float64" in csr.why_not("mm", layout, x.double())
     assert "must agree" in csr.why_not("mm", layout, x.half())
     assert isinstance(layout, Csr)
+
+
+def test_changes_through_data_are_seen():
+    """A change behind the version counter, of one value only, after the values' copy was made."""
+    w = weight(64, 1024, 0.5)
+    layout, x = pack(w), torch.randn(128, 1024)
+    for _ in range(3):
+        csr.mm(layout, x, None, "none")
+    layout.values.data[7] = 50.0
+    for _ in range(3):
+        assert error(csr.mm(layout, x, None, "none"), x.double() @ layout.unpack().double().t()) < 2e-6
