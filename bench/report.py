@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -128,6 +129,16 @@ def bytes_on_disk(model: nn.Module) -> int:
         path = Path(folder) / "model.safetensors"
         save_model(model, str(path))
         return path.stat().st_size
+
+
+@dataclass(frozen=True)
+class Study:
+    """One way of pruning, and the formats that can store what it leaves."""
+
+    title: str
+    pattern: str
+    sparsity: float | None
+    formats: tuple[str, ...]
 
 
 class Disagreement(SystemExit):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._ext import host
+from .._ext import host, host_packs
 from ..layout import FLOATS, Layout
 
 LEGAL_NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
@@ -66,18 +66,27 @@ class Sp24(Layout):
         self._check_tensor("values", (n, kp // 2), *FLOATS, torch.int8)
         self._check_tensor("meta", (n, kp // 8), torch.uint8)
         self._check_scale(quantised=True)
-        legal = torch.zeros(16, dtype=torch.bool, device=self.device)
-        legal[list(LEGAL_NIBBLES)] = True
-        byte = torch.arange(256, device=self.device)
-        bad = (~(legal[byte & 15] & legal[byte >> 4]))[self.meta.long()].nonzero()
-        if len(bad):
-            row, at = (int(i) for i in bad[0])
-            value = int(self.meta[row, at])
-            group = 2 * at + (1 if bool(legal[value & 15]) else 0)
-            nibble = value >> 4 if group % 2 else value & 15
+        bad = self._first_illegal()
+        if bad is not None:
+            row, group = divmod(bad, kp // 4)
+            nibble = int(self.meta[row, group // 2]) >> 4 * (group % 2) & 15
             self._fail(f"row {row}, group {group}: 0x{nibble:X} is no legal 2:4 nibble")
         if kp > k:
             beyond = ((self.columns()[:, -4:] >= k) & (self.values[:, -4:] != 0)).nonzero()
             if len(beyond):
                 self._fail(f"row {int(beyond[0][0])} stores a nonzero value beyond column {k - 1}")
         return self
+
+    def _first_illegal(self) -> int | None:
+        """The first illegal nibble of meta, counted row by row."""
+        if host_packs(self.meta.view(torch.int8)):
+            bad = host().sp24_check(self.meta.data_ptr(), self.meta.numel())
+            return bad if bad >= 0 else None
+        legal = torch.zeros(16, dtype=torch.bool, device=self.device)
+        legal[list(LEGAL_NIBBLES)] = True
+        byte = torch.arange(256, device=self.device)
+        wrong = (~(legal[byte & 15] & legal[byte >> 4]))[self.meta.long()].flatten().nonzero()
+        if not len(wrong):
+            return None
+        at = int(wrong[0])
+        return 2 * at + (1 if bool(legal[int(self.meta.flatten()[at]) & 15]) else 0)
