@@ -41,32 +41,28 @@ def _index(w: Rows, tokens: int) -> tuple[Tensor | None, int]:
 class _Stream:
     """The values in the order in which an index is walked: a copy, made when the same values are used again.
 
-    Weights in training change between any two products and are read in place; weights that stay are worth a copy.
+    Weights in training change between any two products and are read in place; weights that stay are worth a copy. The
+    version counter tells of every change but one through `.data`: against that the kernel compares the values' hashes.
     """
 
     def __init__(self) -> None:
         self.index: Tensor | None = None
         self.copy: Tensor | None = None
-        self.total: float | None = None
 
 
-def _stream(w: Rows, index: Tensor, tile: int) -> int:
-    """The address of the values' copy in walking order, 0 where there is none (yet)."""
+def _stream(w: Rows, index: Tensor, tile: int) -> _Stream:
+    """The values' copy in walking order, or none (yet)."""
     values, crow, col = w.values, w.crow, w.col
-    if values.is_inference():  # no version counter tells when they change
-        return 0
     stream = plan(values, "csr.stream", _Stream)
-    # A change through .data is not in the version counter either: the sum of all values stands guard.
-    total = float(values.sum(dtype=torch.float32))
-    if stream.index is not index or total != stream.total:  # first use, another index, other values, or a NaN
-        stream.index, stream.copy, stream.total = index, None, total
-        return 0
-    if stream.copy is None:
+    if stream.index is not index:  # first use, or another index
+        stream.index, stream.copy = index, None
+    elif stream.copy is None:
         n, k = w.shape
-        stream.copy = torch.empty(values.shape, dtype=values.dtype)
+        dtype = DTYPES[values.dtype]
+        stream.copy = torch.empty(host().csr_stream_bytes(n, k, col.shape[0], tile, dtype), dtype=torch.uint8)
         host().csr_stream(
             values.data_ptr(),
-            DTYPES[values.dtype],
+            dtype,
             crow.data_ptr(),
             col.data_ptr(),
             n,
@@ -76,7 +72,7 @@ def _stream(w: Rows, index: Tensor, tile: int) -> int:
             stream.copy.data_ptr(),
             torch.get_num_threads(),
         )
-    return stream.copy.data_ptr()
+    return stream
 
 
 # Tokens below which the copy is not worth its memory: one narrow panel hardly waits for the values.
@@ -90,8 +86,9 @@ def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     y = x.new_empty((m, n))
     bias = known_bias(bias)
     index, tile = _index(w, m)
+    stream = None if index is None or m < _STREAM_TOKENS else _stream(w, index, tile)
     dtype = DTYPES[values.dtype]
-    host().csr_mm(
+    fresh = host().csr_mm(
         values.data_ptr(),
         dtype,
         w.crow.data_ptr(),
@@ -100,7 +97,7 @@ def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         k,
         0 if index is None else index.data_ptr(),
         tile,
-        0 if index is None or m < _STREAM_TOKENS else _stream(w, index, tile),
+        0 if stream is None or stream.copy is None else stream.copy.data_ptr(),
         x.data_ptr(),
         dtype,
         m,
@@ -113,6 +110,8 @@ def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         ACTIVATIONS[activation],
         torch.get_num_threads(),
     )
+    if stream is not None and not fresh:
+        stream.index = stream.copy = None
     return y
 
 

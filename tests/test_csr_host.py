@@ -226,12 +226,33 @@ def test_why_not():
     assert isinstance(layout, Csr)
 
 
-def test_changes_through_data_are_seen():
-    """A change behind the version counter, of one value only, after the values' copy was made."""
-    w = weight(64, 1024, 0.5)
-    layout, x = pack(w), torch.randn(128, 1024)
-    for _ in range(3):
-        csr.mm(layout, x, None, "none")
-    layout.values.data[7] = 50.0
-    for _ in range(3):
-        assert error(csr.mm(layout, x, None, "none"), x.double() @ layout.unpack().double().t()) < 2e-6
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("density", [0.5, 0.05])
+def test_changes_through_data_are_seen(isa, dtype, density):
+    """A change behind the version counter, of any one value or of the order of two, after the copy was made."""
+    layout, x = pack(weight(133, 1027, density).to(dtype)), torch.randn(97, 1027).to(dtype)
+    values, last = layout.values.data, layout.values.shape[0] - 1
+
+    def swap(i, j):
+        values[[i, j]] = values[[j, i]]
+
+    changes = [lambda: values.mul_(-1), lambda: values.neg_(), lambda: swap(0, last), lambda: swap(1, 17)]
+    changes += [lambda i=i: values[i].add_(8) for i in (0, 7, last // 2, last - 1, last)]
+    for change in changes:
+        for _ in range(3):
+            csr.mm(layout, x, None, "none")
+        change()
+        for _ in range(3):
+            got = csr.mm(layout, x, None, "none")
+            want = x.double() @ layout.unpack().double().t()
+            assert error(got, want) < {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
+
+
+def test_inference_tensors_are_copied_too():
+    with torch.inference_mode():
+        layout, x = pack(weight(64, 1024, 0.5)), torch.randn(128, 1024)
+        for _ in range(3):
+            csr.mm(layout, x, None, "none")
+        layout.values[7] = 50.0
+        for _ in range(3):
+            assert error(csr.mm(layout, x, None, "none"), x.double() @ layout.unpack().double().t()) < 2e-6

@@ -20,6 +20,7 @@ inline constexpr int kLanes = 4;
 
 typedef float Vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Vi __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Vu __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Vh __attribute__((vector_size(2 * kLanes)));
 
 inline Vf vf_load(const float* p) {

@@ -43,6 +43,9 @@ sk::CsrMatrix matrix(Address values, int dtype, Address crow, Address col, int64
 
 void bind_csr(py::module_& m) {
     m.def("csr_plan_bytes", &sk::csr_plan_bytes);
+    m.def("csr_stream_bytes", [](int64_t rows, int64_t cols, int64_t nnz, int tile, int dtype) {
+        return sk::csr_stream_bytes(rows, cols, nnz, tile, sk::Dtype(dtype));
+    });
     m.def("csr_tile", [](int64_t tokens, int64_t rows, int64_t cols, int64_t nnz) {
         return table().tile(tokens, rows, cols, nnz);
     });
@@ -59,11 +62,11 @@ void bind_csr(py::module_& m) {
                        int tile, Address stream, Address x, int x_dtype, int64_t tokens, int64_t ldx, Address y,
                        int64_t ldy, Address scale, Address bias, int bias_dtype, int act, int threads) {
         py::gil_scoped_release release;
-        table().mm({matrix(values, dtype, crow, col, rows, cols, plan, tile, stream),
-                    {at(x), sk::Dtype(x_dtype), tokens, cols, ldx},
-                    {at(y), sk::Dtype(x_dtype), tokens, rows, ldy},
-                    {static_cast<const float*>(at(scale)), at(bias), sk::Dtype(bias_dtype), sk::Act(act)},
-                    threads});
+        return table().mm({matrix(values, dtype, crow, col, rows, cols, plan, tile, stream),
+                           {at(x), sk::Dtype(x_dtype), tokens, cols, ldx},
+                           {at(y), sk::Dtype(x_dtype), tokens, rows, ldy},
+                           {static_cast<const float*>(at(scale)), at(bias), sk::Dtype(bias_dtype), sk::Act(act)},
+                           threads});
     });
     m.def("csr_mm_t",
           [](Address values, int dtype, Address crow, Address col, int64_t rows, int64_t cols, Address plan, int tile,

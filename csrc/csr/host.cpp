@@ -5,7 +5,7 @@
 
 SK_ISA_BEGIN
 
-void csr_mm(const CsrMm&);
+bool csr_mm(const CsrMm&);
 void csr_mm_t(const CsrMmT&);
 void csr_sddmm(const CsrSddmm&);
 int64_t csr_count(const CsrPack&);
@@ -93,6 +93,7 @@ void csr_stream(const CsrMatrix& w, void* out, int threads) {
     const Blocks b(w, w.plan);
     if (w.crow[w.rows] < kSerialNonzeros) threads = 1;
     const int64_t size = size_of(w.dtype);
+    auto* hashes = stream_hashes(w, out);
     parallel_for(b.blocks * b.tiles, threads, [&](int64_t task) {
         const int64_t block = task / b.tiles, tile = task % b.tiles;
         const CsrSegment* s = b.group(block, tile);
@@ -102,6 +103,7 @@ void csr_stream(const CsrMatrix& w, void* out, int threads) {
             std::memcpy(to, static_cast<const char*>(w.values) + s[i].start * size, size_t(bytes));
             to += bytes;
         }
+        hashes[task] = Watch(w, b, block, tile).finish();
     });
 }
 

@@ -12,9 +12,10 @@ namespace sk {
 //
 // Tiled work walks W by row blocks and column tiles of `tile` <= 256 columns. `plan` is the index that csr_plan makes
 // of (crow, col) for that width; it depends on nothing else. Null: it is made anew in every call that needs it.
-// `stream` is a copy of the values in the order of the walk, made by csr_stream, or null. Reading it is half again as
-// fast as picking the pieces out of `values`, because it comes from memory as one run; but it is a copy, so it is for
-// weights that do not change.
+// `stream` is what csr_stream makes, or null: a copy of the values in the order of the walk, and a hash of the values
+// of each group's share (Watch in rows.h). Reading it is faster than picking the pieces out of `values`, because it
+// comes from memory as one run; but it is a copy, so it is for weights that do not change. mm compares the hashes on
+// its way.
 struct CsrMatrix {
     const void* values;
     Dtype dtype;
@@ -51,6 +52,11 @@ inline int64_t csr_plan_segments(int64_t rows, int64_t cols, int tile) {
 inline int64_t csr_plan_bytes(int64_t rows, int64_t cols, int64_t nnz, int tile) {
     return csr_plan_segments(rows, cols, tile) * int64_t(sizeof(CsrSegment)) +
            csr_blocks(rows) * csr_tiles(cols, tile) * 4 + nnz;
+}
+// A stream: the values, then from the next multiple of 4 bytes on one hash per group.
+inline int64_t csr_stream_hashes(int64_t nnz, Dtype dtype) { return (nnz * size_of(dtype) + 3) / 4 * 4; }
+inline int64_t csr_stream_bytes(int64_t rows, int64_t cols, int64_t nnz, int tile, Dtype dtype) {
+    return csr_stream_hashes(nnz, dtype) + csr_blocks(rows) * csr_tiles(cols, tile) * 4;
 }
 
 // y[M, rows] = act(x[M, cols] W^T * scale + bias).
@@ -91,7 +97,8 @@ struct CsrTable {
     int (*tile)(int64_t m, int64_t rows, int64_t cols, int64_t nnz);
     void (*plan)(const CsrMatrix& w, void* out, int threads);
     void (*stream)(const CsrMatrix& w, void* out, int threads);
-    void (*mm)(const CsrMm&);
+    // False: w.stream does not belong to w.values (any more); y is right all the same, but took longer.
+    bool (*mm)(const CsrMm&);
     void (*mm_t)(const CsrMmT&);
     void (*sddmm)(const CsrSddmm&);
     int64_t (*count)(const CsrPack&);

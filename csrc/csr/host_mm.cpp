@@ -4,6 +4,7 @@
 // - a few: every row of W gathers from the rows of x ("gather");
 // - up to one vector, or x small enough for L1: every row of W streams over a whole packed panel of x ("stream");
 // - more: row blocks x column tiles, so that the tile of the x panel stays in L1 and the accumulators in L2 ("tiled").
+#include <atomic>
 #include <type_traits>
 
 #include "rows.h"
@@ -46,15 +47,19 @@ inline void accumulate(Vf (&acc)[NV], const float* value, const Column* col, int
 }
 
 // One row block times one column tile: c[row] (+)= its segment times the tile x. The values come one segment behind
-// the other from `stream`, or from their places in w.values where that is null.
-template <int NV, Dtype T>
+// the other from `stream`, or from their places in w.values where that is null. `watch`, where given, reads along.
+template <int NV, Dtype T, bool Watching>
 void tile_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const float* stream, const uint8_t* col,
-                const float* x, float* c, bool first) {
+                const float* x, float* c, bool first, Watch& watched) {
     constexpr int64_t kWidth = NV * kLanes, kAhead = 4;
     alignas(64) float buffer[T == Dtype::f32 ? 1 : kMaxTile + kLanes];
-    for (int64_t i = 0; i < rows; ++i) {
+    Watch watch = watched;  // in registers
+    int64_t i = 0;
+    while (!first && i < rows && s[i].count == 0) ++i;
+    for (; i < rows; ++i) {
         const CsrSegment& later = s[std::min(i + kAhead, rows - 1)];
         prefetch(c + later.row * kWidth, kWidth * 4);
+        if constexpr (Watching) watch.step();
         const int64_t count = s[i].count;
         const float* value = stream;
         if (stream) {
@@ -72,6 +77,7 @@ void tile_group(const CsrMatrix& w, const CsrSegment* s, int64_t rows, const flo
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) vf_store(out + v * kLanes, acc[v]);
     }
+    watched = watch;
 }
 
 // The stream of one group as floats: in place, converted into scratch memory, or null where there is none.
@@ -95,8 +101,10 @@ void unpack(const CsrMm& a, const float* c, int width, int64_t token, int used, 
     });
 }
 
-void tiled(CsrMm& a) {
+// Whether w.stream, where there is one, belongs to w.values; y is undefined where it does not.
+bool tiled(CsrMm& a) {
     CsrMatrix& w = a.w;
+    std::atomic<bool> fresh{true};
     const void* plan = plan_of(w, a.x.rows, a.threads);
     const Blocks blocks(w, plan);
     const Panels panels(a.x.rows, widest_panel(w));
@@ -136,9 +144,15 @@ void tiled(CsrMm& a) {
                     dispatch_width(panels.width(p), [&]<int NV>() {
                         for (int64_t b = n0 / blocks.block; b * blocks.block < n1; ++b) {
                             float* cb = c + (b * blocks.block - n0) * nt;
-                            tile_group<NV, T>(w, blocks.group(b, tile), blocks.rows_of(b),
-                                              group_stream<T>(w, blocks, b, tile),
-                                              blocks.columns + blocks.begin(b, tile), x, cb, tile == 0);
+                            Watch watch(w, blocks, b, tile);
+                            const bool watched = w.stream && p == 0;
+                            (watched ? tile_group<NV, T, true>
+                                     : tile_group<NV, T, false>)(w, blocks.group(b, tile), blocks.rows_of(b),
+                                                                 group_stream<T>(w, blocks, b, tile),
+                                                                 blocks.columns + blocks.begin(b, tile), x, cb,
+                                                                 tile == 0, watch);
+                            if (watched && watch.finish() != stream_hashes(w, w.stream)[b * blocks.tiles + tile])
+                                fresh.store(false, std::memory_order_relaxed);
                             if (tile + 1 == blocks.tiles)
                                 unpack(a, cb, nt, panels.token(p), panels.used(p), b * blocks.block, blocks.rows_of(b));
                         }
@@ -147,6 +161,7 @@ void tiled(CsrMm& a) {
             }
         });
     }
+    return fresh;
 }
 
 void stream(const CsrMm& a) {
@@ -270,15 +285,18 @@ void gather(const CsrMm& a) {
 
 }  // namespace
 
-void csr_mm(const CsrMm& given) {
+bool csr_mm(const CsrMm& given) {
     CsrMm a = given;
-    const int64_t m = a.x.rows;
-    if (m == 0 || a.w.rows == 0) return;
-    if (int64_t(a.w.crow[a.w.rows]) * m < kSerialWork) a.threads = 1;
-    if (m == 1) return gather<1>(a);
-    if (m == 2) return gather<2>(a);
-    if (csr_tile(m, a.w.rows, a.w.cols, a.w.crow[a.w.rows]) == 0) return stream(a);
+    const int64_t m = a.x.rows, nnz = a.w.crow[a.w.rows];
+    if (m == 0 || a.w.rows == 0) return true;
+    if (nnz * m < kSerialWork) a.threads = 1;
+    if (m == 1) return gather<1>(a), true;
+    if (m == 2) return gather<2>(a), true;
+    if (csr_tile(m, a.w.rows, a.w.cols, nnz) == 0) return stream(a), true;
+    if (tiled(a)) return true;
+    a.w.stream = nullptr;
     tiled(a);
+    return false;
 }
 
 SK_ISA_END

@@ -26,9 +26,9 @@ struct Panels {
 };
 
 // Vectors in the panels of tiled work. Wide panels load fewer values and columns per multiply-add; below one weight in
-// twelve a segment of a tile beside a wide panel is so short that loading and storing its accumulators costs more.
+// seven a segment of a tile beside a wide panel is so short that loading and storing its accumulators costs more.
 inline int widest_panel(int64_t rows, int64_t cols, int64_t nnz) {
-    return nnz * 12 < rows * cols ? kMaxVectors / 2 : kMaxVectors;
+    return nnz * 7 < rows * cols ? kMaxVectors / 2 : kMaxVectors;
 }
 inline int widest_panel(const CsrMatrix& w) { return widest_panel(w.rows, w.cols, w.crow[w.rows]); }
 
@@ -92,6 +92,49 @@ struct Blocks {
     int64_t tile_size(int64_t t) const { return std::min<int64_t>(cols - t * tile, tile); }
 };
 
+// Hashes the share of w.values that belongs to a group: a block's values, cut evenly by tiles. Work on the group calls
+// step() once a row, which spreads the reading over it; finish() reads what is left.
+class Watch {
+public:
+    Watch(const CsrMatrix& w, const Blocks& blocks, int64_t b, int64_t tile) : rows_(blocks.rows_of(b)) {
+        const int64_t n0 = b * blocks.block, first = w.crow[n0], all = w.crow[n0 + rows_] - first;
+        const char* values = static_cast<const char*>(w.values) + first * size_of(w.dtype);
+        at_ = values + all * tile / blocks.tiles * size_of(w.dtype);
+        end_ = values + all * (tile + 1) / blocks.tiles * size_of(w.dtype);
+        vectors_ = (end_ - at_) / int64_t(sizeof(Vu));
+    }
+    void step() {
+        __builtin_prefetch(at_ + kAhead);
+        for (credit_ += vectors_; credit_ >= rows_; credit_ -= rows_) take(sizeof(Vu));
+    }
+    uint32_t finish() {
+        while (end_ - at_ >= int64_t(sizeof(Vu))) take(sizeof(Vu));
+        if (at_ < end_) take(size_t(end_ - at_));
+        uint32_t all = 0;
+        for (int i = 0; i < kLanes; ++i) all = (all ^ hash_[i]) * 0x9e3779b1u;
+        return all;
+    }
+
+private:
+    static constexpr int64_t kAhead = 1024;
+
+    void take(size_t bytes) {
+        Vu v = {};
+        __builtin_memcpy(&v, at_, bytes);
+        hash_ = (hash_ << 7 | hash_ >> 25) + v;
+        at_ += bytes;
+    }
+
+    const char *at_, *end_;
+    Vu hash_ = {};
+    int64_t rows_, vectors_, credit_ = 0;
+};
+
+inline uint32_t* stream_hashes(const CsrMatrix& w, const void* stream) {
+    char* base = static_cast<char*>(const_cast<void*>(stream));
+    return reinterpret_cast<uint32_t*>(base + csr_stream_hashes(w.crow[w.rows], w.dtype));
+}
+
 int csr_tile(int64_t m, int64_t rows, int64_t cols, int64_t nnz);
 void csr_plan(const CsrMatrix& w, void* out, int threads);
 
@@ -108,7 +151,9 @@ inline const void* plan_of(CsrMatrix& w, int64_t m, int threads) {
 
 // always_inline: g++ takes a function of nothing but prefetches for one without effect and drops its calls.
 [[gnu::always_inline]] inline void prefetch(const void* p, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
+    const uintptr_t end = reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes);
+    for (uintptr_t line = reinterpret_cast<uintptr_t>(p) & ~uintptr_t(63); line < end; line += 64)
+        __builtin_prefetch(reinterpret_cast<const void*>(line));
 }
 
 inline void pack(const Dense& x, int64_t token, int used, int64_t k0, int64_t count, int width, float* out) {
