@@ -69,7 +69,7 @@ void remove_offset(const Walk& w, int64_t r0, int64_t r1, int nt, int32_t* c) {
     }
 }
 
-constexpr int64_t kStrip = 16;  // output rows that meet all panels before the next ones
+constexpr int64_t kStrip = 32;  // output rows that meet all panels before the next ones
 
 struct Panel {
     int64_t m0;

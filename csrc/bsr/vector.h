@@ -72,17 +72,23 @@ inline constexpr int kRowsMax = 4;
 #endif
 inline constexpr int kVectorsMax = 3;
 
-// c[r][0 .. NV * kLanes] = sum over the blocks of the walk, for rows r0 .. r0 + MR of the group. DepthUnit: the dwords
-// of a row lie side by side (a_depth is 4).
+// c[r][0 .. NV * kLanes] (+)= the sum over blocks j0 .. j1 of the walk, for rows r0 .. r0 + MR of the group; block 0
+// begins the sums. With block j the panel's rows for block j + fetch come into the first-level cache. DepthUnit: the
+// dwords of a row lie side by side (a_depth is 4).
 template <class Op, int MR, int NV, bool DepthUnit>
-void walk_tile(const Walk& w, int64_t r0, const char* panel, char* c, int64_t c_row) {
+void walk_tile(const Walk& w, int64_t j0, int64_t j1, int64_t fetch, int64_t r0, const char* panel, char* c) {
     constexpr int64_t kRow = NV * sizeof(Vf);
     typename Op::Acc acc[MR][NV] = {};
+    if (j0 > 0)
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 3
+            for (int v = 0; v < NV; ++v) __builtin_memcpy(&acc[r][v], c + r * kRow + v * sizeof(Vf), sizeof(Vf));
     const int64_t a_depth = DepthUnit ? 4 : w.a_depth, a_row = DepthUnit ? w.a_row : 4;
-    for (int64_t j = 0; j < w.blocks; ++j) {
+    for (int64_t j = j0; j < j1; ++j) {
         const char* a = w.a + (w.order ? int64_t(w.order[j]) : j) * w.a_block + r0 * a_row;
         const char* x = panel + w.index[j] * w.depth * kRow;
-        const char* next = panel + w.index[j + 1 < w.blocks ? j + 1 : j] * w.depth * kRow;
+        const char* next = panel + w.index[j + fetch < w.blocks ? j + fetch : j] * w.depth * kRow;
         for (int64_t l = 0; l < w.ahead_lines; ++l) prefetch_l2(w.ahead + j * w.a_block + l * 64);
         for (int64_t k = 0; k < w.depth; ++k, a += a_depth, x += kRow, next += kRow) {
             typename Op::Vec xv[NV];
@@ -102,21 +108,37 @@ void walk_tile(const Walk& w, int64_t r0, const char* panel, char* c, int64_t c_
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 3
-        for (int v = 0; v < NV; ++v) __builtin_memcpy(c + r * c_row + v * sizeof(Vf), &acc[r][v], sizeof(Vf));
+        for (int v = 0; v < NV; ++v) __builtin_memcpy(c + r * kRow + v * sizeof(Vf), &acc[r][v], sizeof(Vf));
 }
 
+constexpr int64_t kSegment = 12 << 10;  // bytes of a panel that stay in the first-level cache for all rows of a strip
+
 // Rows r0 .. r1 of a group against one panel of NV vectors; c begins at row r0. `ahead` advances by what was fetched.
+// Several register tiles share the panel's rows of a segment of blocks while those are in the first-level cache.
 template <class Op, int NV, bool DepthUnit>
 void walk_rows(Walk& w, int64_t r0, int64_t r1, const char* panel, char* c) {
     constexpr int64_t kRow = NV * sizeof(Vf);
-    const auto run = [&]<int MR>() {
-        for (; r0 + MR <= r1; r0 += MR, c += MR * kRow, w.ahead += w.ahead_lines * 64)
-            walk_tile<Op, MR, NV, DepthUnit>(w, r0, panel, c, kRow);
-    };
-    run.template operator()<kRowsMax>();
-    if constexpr (kRowsMax > 4) run.template operator()<4>();
-    run.template operator()<2>();
-    run.template operator()<1>();
+    const int64_t fit = kSegment / (w.depth * kRow), segment = r1 - r0 <= kRowsMax ? w.blocks : fit < 1 ? 1 : fit;
+    const char* ahead = w.ahead;
+    int64_t j0 = 0;
+    do {
+        const int64_t j1 = j0 + segment < w.blocks ? j0 + segment : w.blocks;
+        int64_t r = r0;
+        w.ahead = ahead;
+        const auto run = [&]<int MR>() {
+            for (; r + MR <= r1; r += MR, w.ahead += w.ahead_lines * 64)
+                walk_tile<Op, MR, NV, DepthUnit>(w, j0, j1,
+                                                 r + MR == r1 ? segment
+                                                 : r + j0 == r0 ? 1
+                                                              : 0,
+                                                 r, panel, c + (r - r0) * kRow);
+        };
+        run.template operator()<kRowsMax>();
+        if constexpr (kRowsMax > 4) run.template operator()<4>();
+        run.template operator()<2>();
+        run.template operator()<1>();
+        j0 = j1;
+    } while (j0 < w.blocks);
 }
 
 using WalkRows = void (*)(Walk&, int64_t r0, int64_t r1, const char* panel, char* c);
