@@ -20,7 +20,7 @@ from ..tensor import SparseTensor, _wrap
 class SparseModule(nn.Module):
     """A module with one sparse weight W[N, K], an optional bias [N], an activation and a backend.
 
-    The weight's parts are `values` (a parameter) and the format's index tensors (buffers: `meta`; `crow`, `col`;
+    The weight's parts are `values` (a parameter) and the format's index tensors (buffers: `metadata`; `crow`, `col`;
     `bits`, `offsets`), `scale` for int8. `backend` None lets the dispatcher choose.
     """
 

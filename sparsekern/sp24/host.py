@@ -34,7 +34,7 @@ def mm(layout: Sp24, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     bias = known_bias(bias)
     host().sp24_mm(
         values.data_ptr(),
-        layout.meta.data_ptr(),
+        layout.metadata.data_ptr(),
         0 if scale is None else scale.data_ptr(),
         DTYPES[values.dtype],
         n,
@@ -63,7 +63,7 @@ def _topology(layout: Sp24) -> tuple[Tensor, Tensor, Tensor | None]:
 
     def make() -> tuple[Tensor, Tensor, Tensor | None]:
         col = torch.empty((n, stored), dtype=torch.int32)
-        host().sp24_columns(layout.meta.data_ptr(), n, k, col.data_ptr(), torch.get_num_threads())
+        host().sp24_columns(layout.metadata.data_ptr(), n, k, col.data_ptr(), torch.get_num_threads())
         if 2 * stored == k:
             return torch.arange(n + 1, dtype=torch.int32) * stored, col.flatten(), None
         inside = col < k
@@ -71,7 +71,7 @@ def _topology(layout: Sp24) -> tuple[Tensor, Tensor, Tensor | None]:
         torch.cumsum(inside.sum(1), 0, out=crow[1:])
         return crow, col[inside], inside.flatten().nonzero().flatten()
 
-    return plan(layout.meta, ("sp24.rows", n, k), make)
+    return plan(layout.metadata, ("sp24.rows", n, k), make)
 
 
 def mm_t(layout: Sp24, dy: Tensor) -> Tensor:
