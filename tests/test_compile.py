@@ -39,7 +39,8 @@ def activations(m: int, width: int, dtype: torch.dtype = torch.float32) -> dict[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(case: Case, strides: str, dtype: torch.dtype) -> None:
     """Schema, autograd, fake against real (shape, type, strides) and AOT dispatch, static and dynamic."""
-    format, values, index, scale, dims = case.pack(case.dense(N, K, dtype)).operand
+    packed = case.pack(case.dense(N, K, dtype))
+    format, (values, index, scale, dims) = packed.format, packed.parts
     x, dy = activations(5, K, dtype)[strides], activations(5, N, dtype)[strides]
     weight = (values, list(index), scale, list(dims))
     bias = random_dense(N, dtype=dtype)
@@ -51,7 +52,8 @@ def test_opcheck(case: Case, strides: str, dtype: torch.dtype) -> None:
 
 @param(QUANTISED[:3])
 def test_opcheck_int8(case: Case) -> None:
-    format, values, index, scale, dims = case.pack(case.dense(N, K, torch.int8), testing.random_scale(N)).operand
+    packed = case.pack(case.dense(N, K, torch.int8), testing.random_scale(N))
+    format, (values, index, scale, dims) = packed.format, packed.parts
     weight = (values, list(index), scale, list(dims))
     for dtype in (torch.int8, torch.float32):
         x = random_dense(5, K, dtype=dtype)
