@@ -52,11 +52,11 @@ def why_not_cuda() -> str | None:
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
     """x [M, K] with unit stride along its rows, which may lie any distance apart: what every kernel takes."""
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def known_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
     """A bias as the kernels read it: contiguous, of a type that they know."""
-    if bias is None or (bias.dtype in DTYPES and bias.stride(0) == 1):
+    if bias is None or (bias.dtype in DTYPES and bias.is_contiguous()):
         return bias
     return (bias if bias.dtype in DTYPES else bias.float()).contiguous()

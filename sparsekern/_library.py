@@ -1,13 +1,12 @@
 """The one place that talks to torch.library: three ops per format, their fakes, and the autograd around them.
 
-Every format takes the same shape of arguments (`layout.Operand`), so ops are made from the format's name:
+Every format takes the same shape of arguments (`Layout.parts`), so ops are made from the format's name:
 `sparsekern::sp24_mm`, `sparsekern::csr_sddmm` and so on. Autograd is a Function outside the op, because that costs
 a third of an autograd kernel inside it; the gradient of each product is made of the other two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,101 +14,170 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import choose
-from .formats import FORMATS, layout_of
-from .layout import Operand
+from .formats import FORMATS
+from .layout import Layout
 from .ref import out_dtype
 
 _library = torch.library.Library("sparsekern", "DEF")
 _WEIGHT = "Tensor values, Tensor[] index, Tensor? scale, int[] dims"
 
 
-def _layout(format: str, values: Tensor, index: Sequence[Tensor], scale: Tensor | None, dims: Sequence[int]) -> Any:
-    return layout_of(Operand(format, values, tuple(index), scale, tuple(dims)))
+def _raw(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
 
 
-def _define(name: str, schema: str, impl: Any, fake: Any) -> Any:
-    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparsekern::{name}", fake, lib=_library)
-    return getattr(torch.ops.sparsekern, name).default
+# What a thread's dispatch keys are while no mode, transform, tracer or functionalization is active, and those of an
+# ordinary CPU tensor; each outside and inside of inference mode. A tensor that is fake, batched, lazily negated or of
+# a subclass has others. They are spelt out: what is found at import might be found under a mode.
+_QUIET = frozenset((_raw("BackendSelect", "ADInplaceOrView"), _raw("BackendSelect")))
+_PLAIN = frozenset((_raw("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _raw("CPU", "AutocastCPU")))
+_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_keys_of_thread = torch._C._dispatch_tls_local_include_set
+_keys_of = torch._C._dispatch_keys
+_function_mode = torch._C._is_torch_function_mode_enabled
+_profiled = torch._C._autograd._profiler_enabled
 
 
-def _define_mm(format: str) -> Any:
-    def mm(values, index, scale, dims, x, bias, activation, backend):
-        layout = _layout(format, values, index, scale, dims)
-        return choose("mm", layout, x, backend).mm(layout, x, bias, activation)
+def unwatched(values: Tensor, x: Tensor, other: Tensor | None = None) -> bool:
+    """Whether torch would do nothing with a call but pass it on: then it goes straight, which spares 5 us.
 
-    def fake(values, index, scale, dims, x, bias, activation, backend):
-        return x.new_empty((x.shape[0], dims[0]), dtype=out_dtype(x))
-
-    schema = f"({_WEIGHT}, Tensor x, Tensor? bias, str activation, str? backend) -> Tensor"
-    return _define(f"{format}_mm", schema, mm, fake)
-
-
-def _define_mm_t(format: str) -> Any:
-    def mm_t(values, index, scale, dims, dy, backend):
-        layout = _layout(format, values, index, scale, dims)
-        return choose("mm_t", layout, dy, backend).mm_t(layout, dy)
-
-    def fake(values, index, scale, dims, dy, backend):
-        return dy.new_empty((dy.shape[0], dims[1]))
-
-    return _define(f"{format}_mm_t", f"({_WEIGHT}, Tensor dy, str? backend) -> Tensor", mm_t, fake)
+    No trace, mode, transform, autocast or profiler is there to see an op, and every tensor is an ordinary one on
+    the CPU. Gradients are not asked about: the ops have none, they lie around them.
+    """
+    return (
+        not torch.compiler.is_compiling()  # first: what follows is for no trace to see
+        and _keys_of_thread().raw_repr() in _QUIET
+        and not _function_mode()
+        and not _profiled()
+        and not torch.is_autocast_enabled("cpu")
+        and type(x) in _TYPES
+        and _keys_of(x).raw_repr() in _PLAIN
+        and type(values) in _TYPES
+        and _keys_of(values).raw_repr() in _PLAIN
+        and (other is None or (type(other) in _TYPES and _keys_of(other).raw_repr() in _PLAIN))
+    )
 
 
-def _define_sddmm(format: str) -> Any:
-    def sddmm(values, index, scale, dims, dy, x, backend):
-        layout = _layout(format, values, index, scale, dims)
-        return choose("sddmm", layout, x, backend).sddmm(layout, dy, x)
+def _define(name: str, schema: str, run: Any, fake: Any) -> dict[str, Any]:
+    """An op for every format, around run(layout, ...)."""
 
-    def fake(values, index, scale, dims, dy, x, backend):
-        return values.new_empty(values.shape)
+    def make(format: str) -> Any:
+        layout = FORMATS[format].layout
 
-    return _define(f"{format}_sddmm", f"({_WEIGHT}, Tensor dy, Tensor x, str? backend) -> Tensor", sddmm, fake)
+        def impl(values, index, scale, dims, *rest):
+            return run(layout.from_parts(values, tuple(index), scale, tuple(dims)), *rest)
+
+        op = f"{format}_{name}"
+        _library.define(f"{op}({_WEIGHT}, {schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(op, impl, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sparsekern::{op}", fake, lib=_library)
+        return getattr(torch.ops.sparsekern, op).default
+
+    return {format: make(format) for format in FORMATS}
 
 
-MM = {name: _define_mm(name) for name in FORMATS}
-MM_T = {name: _define_mm_t(name) for name in FORMATS}
-SDDMM = {name: _define_sddmm(name) for name in FORMATS}
+# Each product thrice: on a layout, as an op for every format, and by either road (`direct`: see `unwatched`).
+
+
+def _mm(layout, x, bias, activation, backend):
+    return choose("mm", layout, x, backend).mm(layout, x, bias, activation)
+
+
+def _mm_fake(values, index, scale, dims, x, bias, activation, backend):
+    return x.new_empty((x.shape[0], dims[0]), dtype=out_dtype(x))
+
+
+MM = _define("mm", "Tensor x, Tensor? bias, str activation, str? backend) -> Tensor", _mm, _mm_fake)
+
+
+def mm(w: Layout, x: Tensor, bias: Tensor | None, activation: str, backend: str | None, direct: bool) -> Tensor:
+    """Y = act(X W^T + bias) of checked arguments: x [M, K] -> [M, N]. Not differentiable."""
+    if direct:
+        return _mm(w, x, bias, activation, backend)
+    return MM[w.format](*w.parts, x, bias, activation, backend)
+
+
+def _mm_t(layout, dy, backend):
+    return choose("mm_t", layout, dy, backend).mm_t(layout, dy)
+
+
+def _mm_t_fake(values, index, scale, dims, dy, backend):
+    return dy.new_empty((dy.shape[0], dims[1]))
+
+
+MM_T = _define("mm_t", "Tensor dy, str? backend) -> Tensor", _mm_t, _mm_t_fake)
+
+
+def mm_t(w: Layout, dy: Tensor, backend: str | None, direct: bool) -> Tensor:
+    """dX = dY W of checked arguments: dy [M, N] -> [M, K]. Not differentiable."""
+    if direct:
+        return _mm_t(w, dy, backend)
+    return MM_T[w.format](*w.parts, dy, backend)
+
+
+def _sddmm(layout, dy, x, backend):
+    return choose("sddmm", layout, x, backend).sddmm(layout, dy, x)
+
+
+def _sddmm_fake(values, index, scale, dims, dy, x, backend):
+    return values.new_empty(values.shape)
+
+
+SDDMM = _define("sddmm", "Tensor dy, Tensor x, str? backend) -> Tensor", _sddmm, _sddmm_fake)
+
+
+def sddmm(w: Layout, dy: Tensor, x: Tensor, backend: str | None, direct: bool) -> Tensor:
+    """dW = dY^T X at the stored positions, of checked arguments: dy [M, N], x [M, K] -> like values."""
+    if direct:
+        return _sddmm(w, dy, x, backend)
+    return SDDMM[w.format](*w.parts, dy, x, backend)
 
 
 class SparseMM(torch.autograd.Function):
     """Y = X W^T + bias; dX = dY W; dW = dY^T X at the stored positions; dbias = the column sums of dY."""
 
     @staticmethod
-    def forward(ctx, values, x, bias, scale, format, dims, backend, *index):
+    def forward(ctx, values, x, bias, scale, format, dims, backend, direct, *index):
         ctx.save_for_backward(values, x, scale, *index)
         ctx.call = (format, dims, backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return MM[format](values, index, scale, dims, x, bias, "none", backend)
+        w = FORMATS[format].layout.from_parts(values, index, scale, dims)
+        return mm(w, x, bias, "none", backend, direct)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         values, x, scale, *index = ctx.saved_tensors
         format, dims, backend = ctx.call
+        w = FORMATS[format].layout.from_parts(values, tuple(index), scale, dims)
+        direct = unwatched(values, x, dy)
         need_values, need_x, need_bias = ctx.needs_input_grad[:3]
-        dvalues = SDDMM[format](values, index, scale, dims, dy, x, backend) if need_values else None
-        dx = MM_T[format](values, index, scale, dims, dy, backend) if need_x else None
+        dvalues = sddmm(w, dy, x, backend, direct) if need_values else None
+        dx = mm_t(w, dy, backend, direct) if need_x else None
         dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype) if need_bias else None
-        return dvalues, dx, dbias, None, None, None, None, *(None for _ in index)
+        return dvalues, dx, dbias, None, None, None, None, None, *(None for _ in index)
 
 
 class SparseMMT(torch.autograd.Function):
     """Y = X W; dX = dY W^T; dW = X^T dY at the stored positions."""
 
     @staticmethod
-    def forward(ctx, values, x, scale, format, dims, backend, *index):
+    def forward(ctx, values, x, scale, format, dims, backend, direct, *index):
         ctx.save_for_backward(values, x, scale, *index)
         ctx.call = (format, dims, backend)
-        return MM_T[format](values, index, scale, dims, x, backend)
+        return mm_t(FORMATS[format].layout.from_parts(values, index, scale, dims), x, backend, direct)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         values, x, scale, *index = ctx.saved_tensors
         format, dims, backend = ctx.call
+        w = FORMATS[format].layout.from_parts(values, tuple(index), scale, dims)
+        direct = unwatched(values, x, dy)
         need_values, need_x = ctx.needs_input_grad[:2]
-        dvalues = SDDMM[format](values, index, scale, dims, x, dy, backend) if need_values else None
-        dx = MM[format](values, index, scale, dims, dy, None, "none", backend) if need_x else None
-        return dvalues, dx, None, None, None, None, *(None for _ in index)
+        dvalues = sddmm(w, x, dy, backend, direct) if need_values else None
+        dx = mm(w, dy, None, "none", backend, direct) if need_x else None
+        return dvalues, dx, None, None, None, None, None, *(None for _ in index)

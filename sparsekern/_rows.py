@@ -5,7 +5,7 @@ csr is such a weight by itself; 2:4 and bitmap weights become one with columns d
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,21 @@ from ._ext import ACTIVATIONS, DTYPES, host, known_bias, unit_rows
 from ._plan import plan
 
 
-class Rows(NamedTuple):
+class Rows(Protocol):
     """values [nnz] row by row, crow [N + 1] int32, col [nnz] int32 ascending in a row, shape (N, K)."""
+
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def crow(self) -> Tensor: ...
+    @property
+    def col(self) -> Tensor: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+
+class DerivedRows(NamedTuple):
+    """Rows whose columns were derived from another index."""
 
     values: Tensor
     crow: Tensor
@@ -83,7 +96,7 @@ def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
     x = unit_rows(x)
     m, (n, k), values = x.shape[0], w.shape, w.values
-    y = x.new_empty((m, n))
+    y = x.new_empty(m, n)
     bias = known_bias(bias)
     index, tile = _index(w, m)
     stream = None if index is None or m < _STREAM_TOKENS else _stream(w, index, tile)
@@ -119,7 +132,7 @@ def mm_t(w: Rows, dy: Tensor) -> Tensor:
     """dX = dY W: dy [M, N] -> [M, K]."""
     dy = unit_rows(dy)
     m, (n, k), values = dy.shape[0], w.shape, w.values
-    dx = dy.new_empty((m, k))
+    dx = dy.new_empty(m, k)
     index, tile = _index(w, m)
     host().csr_mm_t(
         values.data_ptr(),

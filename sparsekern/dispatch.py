@@ -7,12 +7,14 @@ for the device that can run the call. The oracle can run every call and is last.
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import tune
-from .formats import FORMATS, backend_module
+from .formats import FORMATS, Format, backend_module
 from .layout import Layout
 
 BACKENDS = ("host", "cuda", "triton", "vendor", "ref")
@@ -39,16 +41,21 @@ def choose(op: str, layout: Layout, x: Tensor, backend: str | None = None) -> Mo
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} cannot run {layout.format}_{op}: {reason}")
         return backend_module(layout.format, backend)
-    names = FORMATS[layout.format].backends.get(x.device.type, ())
-    if len(names) > 1:
-        best = tune.backend_for(op, layout, x, names)
+    modules = _modules(FORMATS[layout.format], x.device)
+    if len(modules) > 2:
+        best = tune.backend_for(op, layout, x, backends(layout.format, x.device.type)[:-1])
         if best is not None and why_not(best, op, layout, x) is None:
             return backend_module(layout.format, best)
-    for name in names:
-        module = backend_module(layout.format, name)
+    for module in modules:
         if module.why_not(op, layout, x) is None:
             return module
-    return backend_module(layout.format, "ref")
+    return modules[-1]
+
+
+@cache
+def _modules(format: Format, device: torch.device) -> tuple[ModuleType, ...]:
+    """The modules of `backends`, in that order."""
+    return tuple(backend_module(format.name, name) for name in backends(format.name, device.type))
 
 
 def explain(op: str, layout: Layout, x: Tensor) -> dict[str, str | None]:

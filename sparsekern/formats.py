@@ -10,10 +10,10 @@ from types import ModuleType
 from typing import Any
 
 from . import bitmap, bsr, csr, sp24
-from .layout import Layout, Operand
+from .layout import Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Format:
     """A format's layout class, its packer, and the backends that it has beside the oracle, fastest first."""
 
@@ -41,7 +41,3 @@ FORMATS = {
 def backend_module(format: str, backend: str) -> ModuleType:
     """The module that implements a backend of a format: why_not, mm, mm_t, sddmm."""
     return importlib.import_module(".ref" if backend == "ref" else f".{format}.{backend}", __package__)
-
-
-def layout_of(operand: Operand) -> Layout:
-    return FORMATS[operand.format].layout.from_parts(*operand[1:])

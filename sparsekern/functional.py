@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import MM, MM_T, SparseMM, SparseMMT
-from .conv import Geometry, conv2d_operand, padding_of
+from ._library import SparseMM, SparseMMT, mm, mm_t, unwatched
+from .conv import Geometry, conv2d_layout, padding_of
 from .conv.geometry import order_number, pair
-from .layout import FLOATS, Layout, Operand
+from .layout import FLOATS, Layout
 from .ref import ACTIVATIONS
 from .tensor import SparseTensor, values_of
 
@@ -20,14 +20,15 @@ DENSE_ACTIVATIONS = (
 )
 
 
-def operand_of(w: Any, name: str = "w") -> Operand:
-    """The Operand behind a SparseTensor or a layout; differentiable in the values of a SparseTensor."""
+def layout_of(w: Any, name: str = "w") -> Layout:
+    """The layout behind a SparseTensor; differentiable in the values of a SparseTensor."""
     if isinstance(w, SparseTensor):
         if w.transposed:
             raise ValueError(f"{name} is transposed; pass the weight W[N, K] itself")
-        return w.packed.operand._replace(values=values_of(w))
+        values = values_of(w)
+        return w.packed if values is w.packed.values else w.packed.with_values(values)
     if isinstance(w, Layout):
-        return w.operand
+        return w
     raise TypeError(
         f"{name} must be a SparseTensor (see to_sparse_semi_structured, to_block_sparse, to_csr, to_bitmap), "
         f"got {type(w).__name__}"
@@ -50,30 +51,32 @@ def linear(
     Raises ValueError for shapes, types or devices that do not fit, NotImplementedError where an explicit backend
     cannot run the call.
     """
-    return linear_operand(operand_of(w), x, bias, activation, backend)
+    return linear_layout(layout_of(w), x, bias, activation, backend)
 
 
-def linear_operand(
-    w: Operand,
+def linear_layout(
+    w: Layout,
     x: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`linear` on an Operand: the way modules call it."""
+    """`linear` on a layout: the way modules call it."""
     activation = activation or "none"
-    _check_is_dense(x)
-    x, w, bias = _autocast(x, w, bias)
+    direct = unwatched(w.values, x, bias)
+    if not direct:
+        _check_is_dense(x)
+        x, w, bias = _autocast(x, w, bias)
     _check_linear(w, x, bias, activation)
-    n, k = w.dims[0], w.dims[1]
+    n, k = w.shape
     tokens = x if x.dim() == 2 else x.reshape(_count(x.shape[:-1]), k)
     if torch.is_grad_enabled() and (
         w.values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y = SparseMM.apply(w.values, tokens, bias, w.scale, w.format, w.dims, backend, *w.index)
+        y = SparseMM.apply(w.values, tokens, bias, w.scale, w.format, w.dims, backend, direct, *w.index)
         y = ACTIVATIONS[activation](y)
     else:
-        y = MM[w.format](w.values, w.index, w.scale, w.dims, tokens, bias, activation, backend)
+        y = mm(w, tokens, bias, activation, backend, direct)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
 
 
@@ -98,32 +101,34 @@ def conv2d(
     innermost: what 2:4 pruning along channels gives). kernel_size may be left out for square kernels. padding: an
     int, a pair, "same" or "valid". Types, activation, backend and errors as for `linear`.
     """
-    op = operand_of(w)
-    _check_images(op, x)
+    packed = layout_of(w)
+    _check_images(packed, x)
     channels = x.shape[-3] if x.dim() >= 3 else 0
-    taps = op.dims[1] * groups // channels if channels else 0
+    taps = packed.shape[1] * groups // channels if channels else 0
     kernel = pair(round(taps**0.5) if kernel_size is None else kernel_size, "kernel_size", 1)
     steps, spread = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     edges = padding_of(padding, kernel, steps, spread)
     geometry = Geometry(*kernel, *steps, *spread, *edges, groups, order_number(order))
-    return conv2d_geometry(op, x, bias, geometry, activation, backend)
+    return conv2d_geometry(packed, x, bias, geometry, activation, backend)
 
 
 def conv2d_geometry(
-    w: Operand,
+    w: Layout,
     x: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
     activation: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`conv2d` on an Operand and a Geometry: the way modules call it."""
+    """`conv2d` on a layout and a Geometry: the way modules call it."""
     activation = activation or "none"
+    direct = unwatched(w.values, x, bias)
     _check_images(w, x)
-    x, w, bias = _autocast(x, w, bias)
+    if not direct:
+        x, w, bias = _autocast(x, w, bias)
     _check_conv(w, x, bias, geometry, activation)
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    y = conv2d_operand(w, images, bias, geometry, activation, backend)
+    y = conv2d_layout(w, images, bias, geometry, activation, backend, direct)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -145,15 +150,20 @@ def _times(x: Tensor, w: SparseTensor, backend: str | None) -> Tensor:
     """x @ w for a sparse w, transposed or not."""
     if w.transposed:
         return linear(x, w.t(), backend=backend)
-    _check_is_dense(x)
-    x, op, _ = _autocast(x, operand_of(w), None)
-    n, k = op.dims[0], op.dims[1]
-    _check_tokens(op, x, n, "N")
+    packed = layout_of(w)
+    direct = unwatched(packed.values, x)
+    if not direct:
+        _check_is_dense(x)
+        x, packed, _ = _autocast(x, packed, None)
+    n, k = packed.shape
+    _check_tokens(packed, x, n, "N")
     tokens = x.reshape(_count(x.shape[:-1]), n)
-    if torch.is_grad_enabled() and (op.values.requires_grad or x.requires_grad):
-        y = SparseMMT.apply(op.values, tokens, op.scale, op.format, op.dims, backend, *op.index)
+    if torch.is_grad_enabled() and (packed.values.requires_grad or x.requires_grad):
+        y = SparseMMT.apply(
+            packed.values, tokens, packed.scale, packed.format, packed.dims, backend, direct, *packed.index
+        )
     else:
-        y = MM_T[op.format](op.values, op.index, op.scale, op.dims, tokens, backend)
+        y = mm_t(packed, tokens, backend, direct)
     return y.reshape(*x.shape[:-1], k)
 
 
@@ -165,7 +175,7 @@ def _count(shape: torch.Size) -> int:
     return total
 
 
-def _autocast(x: Tensor, w: Operand, bias: Tensor | None) -> tuple[Tensor, Operand, Tensor | None]:
+def _autocast(x: Tensor, w: Layout, bias: Tensor | None) -> tuple[Tensor, Layout, Tensor | None]:
     device = x.device.type
     if (
         device == "meta"
@@ -176,7 +186,7 @@ def _autocast(x: Tensor, w: Operand, bias: Tensor | None) -> tuple[Tensor, Opera
         return x, w, bias
     dtype = torch.get_autocast_dtype(device)
     values = w.values if w.values.dtype == torch.int8 else w.values.to(dtype)
-    return x.to(dtype), w._replace(values=values), None if bias is None else bias.to(dtype)
+    return x.to(dtype), w.with_values(values), None if bias is None else bias.to(dtype)
 
 
 def _check_is_dense(x: Any) -> None:
@@ -188,36 +198,35 @@ def _check_is_dense(x: Any) -> None:
         raise ValueError(f"x must be a dense (strided) tensor, got {x.layout}: {DENSE_ACTIVATIONS}")
 
 
-def _check_tokens(w: Operand, x: Tensor, last: int, letter: str) -> None:
+def _check_tokens(w: Layout, x: Tensor, last: int, letter: str) -> None:
     if x.dim() < 1 or x.shape[-1] != last:
         raise ValueError(
-            f"x must have shape [..., {letter} = {last}] for a weight of shape {tuple(w.dims[:2])}, "
-            f"got {tuple(x.shape)}"
+            f"x must have shape [..., {letter} = {last}] for a weight of shape {w.shape}, got {tuple(x.shape)}"
         )
     _check_types(w, x)
 
 
-def _check_types(w: Operand, x: Tensor) -> None:
-    if x.device != w.values.device:
-        raise ValueError(f"x is on {x.device}, the weight on {w.values.device}")
-    quantised = w.values.dtype == torch.int8
-    if not (x.dtype in (*FLOATS, torch.int8) if quantised else x.dtype == w.values.dtype):
-        raise ValueError(f"x is {x.dtype}, the weight {w.values.dtype}; cast one of them, or use autocast")
+def _check_types(w: Layout, x: Tensor) -> None:
+    values = w.values
+    if x.device != values.device:
+        raise ValueError(f"x is on {x.device}, the weight on {values.device}")
+    if x.dtype != values.dtype and not (values.dtype == torch.int8 and x.dtype in FLOATS):
+        raise ValueError(f"x is {x.dtype}, the weight {values.dtype}; cast one of them, or use autocast")
 
 
-def _check_linear(w: Operand, x: Tensor, bias: Tensor | None, activation: str) -> None:
-    _check_tokens(w, x, w.dims[1], "K")
+def _check_linear(w: Layout, x: Tensor, bias: Tensor | None, activation: str) -> None:
+    _check_tokens(w, x, w.shape[1], "K")
     _check_epilogue(w, x, bias, activation)
 
 
-def _check_images(w: Operand, x: Tensor) -> None:
+def _check_images(w: Layout, x: Tensor) -> None:
     _check_is_dense(x)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be images [B, C, H, W] or [C, H, W], got shape {tuple(x.shape)}")
 
 
-def _check_conv(w: Operand, x: Tensor, bias: Tensor | None, g: Geometry, activation: str) -> None:
-    (n, k), channels = w.dims[:2], x.shape[-3]
+def _check_conv(w: Layout, x: Tensor, bias: Tensor | None, g: Geometry, activation: str) -> None:
+    (n, k), channels = w.shape, x.shape[-3]
     if g.groups < 1 or n % g.groups or channels % g.groups:
         raise ValueError(f"groups must divide the {channels} input and {n} output channels, got {g.groups}")
     if k != channels // g.groups * g.taps:
@@ -233,12 +242,12 @@ def _check_conv(w: Operand, x: Tensor, bias: Tensor | None, g: Geometry, activat
     _check_epilogue(w, x, bias, activation)
 
 
-def _check_epilogue(w: Operand, x: Tensor, bias: Tensor | None, activation: str) -> None:
+def _check_epilogue(w: Layout, x: Tensor, bias: Tensor | None, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)} or None, got {activation!r}")
     if bias is not None:
-        if bias.shape != (w.dims[0],):
-            raise ValueError(f"bias must have shape [N = {w.dims[0]}], got {tuple(bias.shape)}")
+        if bias.shape != (w.shape[0],):
+            raise ValueError(f"bias must have shape [N = {w.shape[0]}], got {tuple(bias.shape)}")
         if bias.device != x.device:
             raise ValueError(f"bias is on {bias.device}, x on {x.device}")
         if not bias.is_floating_point():

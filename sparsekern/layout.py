@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,16 +20,6 @@ def is_size(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and n >= 0
 
 
-class Operand(NamedTuple):
-    """A layout taken apart into what a torch op can carry: the same for every format."""
-
-    format: str
-    values: Tensor
-    index: tuple[Tensor, ...]  # type: ignore[assignment]  # hides tuple.index, which nobody calls
-    scale: Tensor | None
-    dims: tuple[int, ...]
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Layout:
     """The stored form of one weight W[N, K].
@@ -43,8 +33,8 @@ class Layout:
     scale: Tensor | None = None
 
     format: ClassVar[str]
-    index_fields: ClassVar[tuple[str, ...]]
-    dims_count: ClassVar[int] = 2  # how many integers `dims` has
+    index_fields: ClassVar[tuple[str, ...]]  # one or two
+    dims_field: ClassVar[str | None] = None  # the field, a pair, that belongs to `dims` beside (N, K)
 
     @property
     def index(self) -> tuple[Tensor, ...]:
@@ -53,21 +43,34 @@ class Layout:
     @property
     def dims(self) -> tuple[int, ...]:
         """The static integers of the layout: (N, K), and what else a format needs."""
-        return self.shape
+        return self.shape if self.dims_field is None else (*self.shape, *getattr(self, self.dims_field))
+
+    @classmethod
+    def dims_count(cls) -> int:
+        """How many integers `dims` has."""
+        return 2 if cls.dims_field is None else 4
 
     @classmethod
     def from_parts(
         cls: type[L], values: Tensor, index: tuple[Tensor, ...], scale: Tensor | None, dims: tuple[int, ...]
     ) -> L:
-        """The inverse of `operand`. It runs on every call, so it fills the record without the frozen setters."""
+        """The inverse of `parts`. It runs on every call, so it fills the record without the frozen setters."""
+        names = cls.index_fields
+        record: dict[str, Any] = {
+            "values": values, names[0]: index[0], names[-1]: index[-1], "scale": scale, "shape": dims[:2],
+        }  # fmt: skip
+        if cls.dims_field is not None:
+            record[cls.dims_field] = dims[2:]
+        if torch.compiler.is_compiling():  # a trace follows the constructor only
+            return cls(**record)
         made = object.__new__(cls)
-        made.__dict__.update(values=values, scale=scale, shape=(dims[0], dims[1]))
-        made.__dict__.update(zip(cls.index_fields, index, strict=True))
+        object.__setattr__(made, "__dict__", record)
         return made
 
     @property
-    def operand(self) -> Operand:
-        return Operand(self.format, self.values, self.index, self.scale, self.dims)
+    def parts(self) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, tuple[int, ...]]:
+        """The layout taken apart into what a torch op can carry, the same for every format."""
+        return self.values, self.index, self.scale, self.dims
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,7 +101,7 @@ class Layout:
         return replace(self, **{name: function(t) for name, t in self.tensors().items()})
 
     def with_values(self: L, values: Tensor) -> L:
-        return replace(self, values=values)
+        return self.from_parts(values, self.index, self.scale, self.dims)
 
     def to(self: L, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> L:
         moved = self.map(lambda t: t.to(device)) if device is not None else self

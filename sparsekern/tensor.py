@@ -153,7 +153,7 @@ def _rebuild(
     if format not in FORMATS:
         raise ValueError(f"the file holds format {format!r}; known: {', '.join(FORMATS)}")
     layout = FORMATS[format].layout
-    for name, parts, count in (("index", index, len(layout.index_fields)), ("dims", dims, layout.dims_count)):
+    for name, parts, count in (("index", index, len(layout.index_fields)), ("dims", dims, layout.dims_count())):
         if not isinstance(parts, (list, tuple)) or len(parts) != count:
             raise ValueError(f"the file's {format} {name} must have {count} parts, got {parts!r:.80}")
     packed = layout.from_parts(values, tuple(index), scale, tuple(dims))

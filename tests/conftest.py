@@ -72,16 +72,13 @@ class Backend:
         return self.sddmm(layout, x.new_zeros(x.shape[0], n), x.new_zeros(x.shape[0], k))
 
     def mm(self, layout: Layout, x: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-        format, values, index, scale, dims = layout.operand
-        return MM[format](values, index, scale, dims, x, bias, activation, self.name)
+        return MM[layout.format](*layout.parts, x, bias, activation, self.name)
 
     def mm_t(self, layout: Layout, dy: Tensor) -> Tensor:
-        format, values, index, scale, dims = layout.operand
-        return MM_T[format](values, index, scale, dims, dy, self.name)
+        return MM_T[layout.format](*layout.parts, dy, self.name)
 
     def sddmm(self, layout: Layout, dy: Tensor, x: Tensor) -> Tensor:
-        format, values, index, scale, dims = layout.operand
-        return SDDMM[format](values, index, scale, dims, dy, x, self.name)
+        return SDDMM[layout.format](*layout.parts, dy, x, self.name)
 
 
 BACKENDS = [Backend("ref"), *(Backend("host", isa) for isa in host_isas())]

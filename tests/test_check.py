@@ -61,19 +61,23 @@ BROKEN: list[tuple[str, Callable[[], Layout], str]] = [
     ),
     ("values flat", lambda: replace(sp24(), values=sp24().values.flatten()), "values must have shape"),
     (
-        "meta truncated",
-        lambda: replace(sp24(), meta=sp24().meta[:-1]),
-        r"meta must have shape \(6, 3\), got \(5, 3\)",
+        "metadata truncated",
+        lambda: replace(sp24(), metadata=sp24().metadata[:-1]),
+        r"metadata must have shape \(6, 3\), got \(5, 3\)",
     ),
-    ("meta of int16", lambda: replace(sp24(), meta=sp24().meta.short()), "meta must be uint8, got int16"),
+    (
+        "metadata of int16",
+        lambda: replace(sp24(), metadata=sp24().metadata.short()),
+        "metadata must be uint8, got int16",
+    ),
     (
         "illegal low nibble",
-        lambda: replace(sp24(), meta=put(sp24().meta, (4, 2), 0xE5)),
+        lambda: replace(sp24(), metadata=put(sp24().metadata, (4, 2), 0xE5)),
         "row 4, group 4: 0x5 is no legal",
     ),
     (
         "illegal high nibble",
-        lambda: replace(sp24(), meta=put(sp24().meta, (3, 1), 0x0E)),
+        lambda: replace(sp24(), metadata=put(sp24().metadata, (3, 1), 0x0E)),
         "row 3, group 3: 0x0 is no legal",
     ),
     ("value beyond K", lambda: replace(sp24(6, 18), values=sp24(6, 18).values + 1), "beyond column 17"),
@@ -275,11 +279,15 @@ def is_right(packed: Layout) -> bool:
         return False
     if isinstance(packed, sk.Sp24):
         kp = -(-k // 8) * 8
-        if packed.meta.dtype != torch.uint8 or packed.meta.shape != (n, kp // 8) or values.shape != (n, kp // 2):
+        if (
+            packed.metadata.dtype != torch.uint8
+            or packed.metadata.shape != (n, kp // 8)
+            or values.shape != (n, kp // 2)
+        ):
             return False
         for row in range(n):
             for group in range(kp // 4):
-                nibble = int(packed.meta[row, group // 2]) >> (4 * (group % 2)) & 15
+                nibble = int(packed.metadata[row, group // 2]) >> (4 * (group % 2)) & 15
                 first, second = nibble & 3, nibble >> 2
                 if first >= second:
                     return False

@@ -311,7 +311,7 @@ def test_sparse_24_bitmask_is_read(tmp_path: Path, dtype: torch.dtype, spelling:
     w = random_weight("sp24", 12, k, dtype=dtype)  # two nonzeros in every group: only one way to store it
     save_file({**as_24(spelling, w), "fc.bias": torch.ones(12)}, tmp_path / "m.safetensors")
     packed = checkpoint.load(tmp_path / "m.safetensors")["fc.weight"].packed
-    assert torch.equal(packed.meta, sk.to_sparse_semi_structured(w).packed.meta)
+    assert torch.equal(packed.metadata, sk.to_sparse_semi_structured(w).packed.metadata)
     w = random_weight("sp24", 12, k, dtype=dtype, density=0.4)
     save_file({**as_24(spelling, w), "fc.bias": torch.ones(12)}, tmp_path / "m.safetensors")
     read = checkpoint.load(tmp_path / "m.safetensors")

@@ -113,7 +113,7 @@ INT32 = torch.int32
         ({"format": "bsr"}, r"dims \(3, 8\) are too few for format bsr"),
         ({"format": "bsr", "dims": [3, 8, 0, 0]}, "block must be two positive integers"),
         ({"format": "zip"}, "format must be one of sp24, bsr, csr, bitmap, got 'zip'"),
-        ({"format": "sp24"}, "weight 'w': tensor 'w.meta' is missing"),
+        ({"format": "sp24"}, "weight 'w': tensor 'w.metadata' is missing"),
         ({"shape": [3, -8]}, "shape must be a list of integers from 0"),
         ({"shape": [3, True]}, "shape must be a list of integers"),
         ({"shape": [2**40, 8]}, "shape must be a list of integers"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sparsekern as sk
 from sparsekern import testing
 from sparsekern._library import MM, MM_T, SDDMM
-from sparsekern.nn import SparseLinear
+from sparsekern.nn import SparseConv2d, SparseLinear
 from sparsekern.testing import assert_close, random_dense, reference_mm
 
 N, K = 20, 30
@@ -39,7 +39,8 @@ def activations(m: int, width: int, dtype: torch.dtype = torch.float32) -> dict[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(case: Case, strides: str, dtype: torch.dtype) -> None:
     """Schema, autograd, fake against real (shape, type, strides) and AOT dispatch, static and dynamic."""
-    format, values, index, scale, dims = case.pack(case.dense(N, K, dtype)).operand
+    packed = case.pack(case.dense(N, K, dtype))
+    format, (values, index, scale, dims) = packed.format, packed.parts
     x, dy = activations(5, K, dtype)[strides], activations(5, N, dtype)[strides]
     weight = (values, list(index), scale, list(dims))
     bias = random_dense(N, dtype=dtype)
@@ -51,7 +52,8 @@ def test_opcheck(case: Case, strides: str, dtype: torch.dtype) -> None:
 
 @param(QUANTISED[:3])
 def test_opcheck_int8(case: Case) -> None:
-    format, values, index, scale, dims = case.pack(case.dense(N, K, torch.int8), testing.random_scale(N)).operand
+    packed = case.pack(case.dense(N, K, torch.int8), testing.random_scale(N))
+    format, (values, index, scale, dims) = packed.format, packed.parts
     weight = (values, list(index), scale, list(dims))
     for dtype in (torch.int8, torch.float32):
         x = random_dense(5, K, dtype=dtype)
@@ -114,11 +116,11 @@ def test_inductor() -> None:
 
 
 @param(FOUR)
-def test_export(case: Case) -> None:
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "inside"])
+def test_export(case: Case, alone: bool) -> None:
     """torch.export with a dynamic number of tokens, and the exported program against eager."""
-    dense = case.dense(N, K)
-    layer = SparseLinear.from_packed(case.pack(dense), random_dense(N, seed=3), "relu")
-    module = nn.Sequential(layer)  # not alone: sp24's buffer `meta` would meet GraphModule's own attribute
+    layer = SparseLinear.from_packed(case.pack(case.dense(N, K)), random_dense(N, seed=3), "relu")
+    module = layer if alone else nn.Sequential(layer)
     tokens = torch.export.Dim("tokens", min=2, max=512)
     program = torch.export.export(module, (random_dense(4, K),), dynamic_shapes=({0: tokens},))
     for m in (4, 9, 130):
@@ -127,9 +129,21 @@ def test_export(case: Case) -> None:
     assert any(f"sparsekern.{case.format}_mm" in str(node.target) for node in program.graph.nodes)
 
 
+@param(FOUR)
+def test_export_conv(case: Case) -> None:
+    """A SparseConv2d as the root module; every format's buffers must be names that a graph may have."""
+    conv = nn.Conv2d(8, 12, 3, padding=1)
+    conv.weight = nn.Parameter(case.dense(12, 72).view(12, 8, 3, 3))
+    layer = SparseConv2d.from_dense(conv, format=case.format, block_size=case.block)
+    x = random_dense(2, 8, 6, 5)
+    program = torch.export.export(layer, (x,))
+    assert torch.equal(program.module()(x), layer(x))
+    assert any(f"sparsekern.{case.format}_conv2d" in str(node.target) for node in program.graph.nodes)
+
+
 def test_export_saved(tmp_path) -> None:  # type: ignore[no-untyped-def]
     case = Case("sp24")
-    module = nn.Sequential(SparseLinear.from_packed(case.pack(case.dense(N, K)), random_dense(N, seed=3)))
+    module = SparseLinear.from_packed(case.pack(case.dense(N, K)), random_dense(N, seed=3))
     x = random_dense(4, K)
     torch.export.save(torch.export.export(module, (x,)), tmp_path / "model.pt2")
     assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), module(x))

@@ -15,7 +15,7 @@ from torch.nn import functional
 import sparsekern as sk
 from sparsekern import _ext
 from sparsekern.conv import matrix_of, weight_of
-from sparsekern.formats import FORMATS, layout_of
+from sparsekern.formats import FORMATS
 from sparsekern.functional import conv2d
 from sparsekern.nn import SparseConv2d, WeightSparseConv2d, dense_state_dict
 from sparsekern.sp24.pack import prune_mask
@@ -378,11 +378,10 @@ def test_opcheck():
     from sparsekern.conv.library import CONV2D, CONV2D_INPUT, CONV2D_WEIGHT
 
     for format in FORMATS:
-        op = layout(pruned((8, 4, 3, 3), format=format), format).operand
+        packed = layout(pruned((8, 4, 3, 3), format=format), format)
         geometry = [3, 3, 2, 1, 1, 1, 1, 1, 0, 2, 1, 0]
         x = images(2, 4, 7, 8)
-        y = conv2d(x, layout_of(op))
-        weight = (op.values, op.index, op.scale, op.dims)
+        weight = packed.parts
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(CONV2D[format], (*weight, x, None, geometry, "none", None), test_utils=tests)
         y = CONV2D[format](*weight, x, None, geometry, "none", None)

@@ -130,7 +130,7 @@ def test_state_dict_habits(case: Case) -> None:
 def test_a_broken_layer_does_not_hide_another_ones_missing_keys() -> None:
     model = nn.Sequential(SparseLinear(8, 8), SparseLinear(8, 8))
     state = {k: v for k, v in model.state_dict().items() if k.startswith("0.")}
-    state["0.meta"] = torch.zeros_like(state["0.meta"])
+    state["0.metadata"] = torch.zeros_like(state["0.metadata"])
     with pytest.raises(RuntimeError, match=r"1\.values") as caught:
         model.load_state_dict(state)
     assert "no legal 2:4 nibble" in str(caught.value)

@@ -44,7 +44,7 @@ def test_every_pair_in_every_place(pair: tuple[int, int], group: int) -> None:
     dense = torch.zeros(3, 20)
     dense[1, 4 * group + pair[0]], dense[1, 4 * group + pair[1]] = 3.0, -5.0
     packed = sp24.pack(dense).check()
-    byte = int(packed.meta[1, group // 2])
+    byte = int(packed.metadata[1, group // 2])
     assert (byte >> 4 if group % 2 else byte & 15) == NIBBLES[pair]
     assert packed.values[1, 2 * group : 2 * group + 2].tolist() == [3.0, -5.0]
     assert (packed.values != 0).sum() == 2
@@ -63,7 +63,7 @@ def test_every_group(mask: int) -> None:
         return
     packed = sp24.pack(dense).check()
     assert torch.equal(packed.unpack(), dense)
-    nibble = int(packed.meta[0, 0]) >> 4
+    nibble = int(packed.metadata[0, 0]) >> 4
     assert nibble in LEGAL_NIBBLES
     places = {nibble & 3, nibble >> 2}
     assert {i for i in range(4) if mask >> i & 1} <= places
@@ -78,7 +78,7 @@ def test_hand_written_words() -> None:
     )
     packed = sp24.pack(dense.float())
     assert packed.values.tolist() == [[1, 2, 3, 4, 0, 0, 5, 6], [7, 8, 9, 10, 11, 12, 0, 13]]
-    assert [f"{int(b):#04x}" for b in packed.meta.flatten()] == ["0xc9", "0x4e", "0xd8", "0xee"]
+    assert [f"{int(b):#04x}" for b in packed.metadata.flatten()] == ["0xc9", "0x4e", "0xd8", "0xee"]
 
 
 def test_ragged_k() -> None:
@@ -87,7 +87,7 @@ def test_ragged_k() -> None:
         dense = testing.random_weight("sp24", 5, k, seed=k)
         packed = sp24.pack(dense).check()
         assert packed.values.shape == (5, (k + 7) // 8 * 4)
-        assert packed.meta.shape == (5, (k + 7) // 8)
+        assert packed.metadata.shape == (5, (k + 7) // 8)
         assert torch.equal(packed.unpack(), dense)
 
 
@@ -101,20 +101,20 @@ def test_against_torch_semi_structured(dtype: torch.dtype) -> None:
 
     rows, columns = 64, 128
     dense = testing.random_weight("sp24", rows, columns, dtype, density=0.5)
-    values, meta = sparse_semi_structured_from_dense_cutlass(dense)
+    values, metadata = sparse_semi_structured_from_dense_cutlass(dense)
     packed = sp24.pack(dense, scale=torch.ones(rows) if dtype == torch.int8 else None)
     assert same_bits(packed.values, values)
-    assert same_bits(sparse_semi_structured_to_dense_cutlass(packed.values, meta), packed.unpack())
+    assert same_bits(sparse_semi_structured_to_dense_cutlass(packed.values, metadata), packed.unpack())
     # Its metadata words, put back into row order, are our nibbles.
-    assert sorted(torch_nibbles(meta).tolist()) == sorted(our_nibbles(packed).flatten().tolist())
+    assert sorted(torch_nibbles(metadata).tolist()) == sorted(our_nibbles(packed).flatten().tolist())
 
 
 def our_nibbles(packed: sk.Sp24) -> Tensor:
-    return torch.stack((packed.meta & 15, packed.meta >> 4), -1).flatten(1).long()
+    return torch.stack((packed.metadata & 15, packed.metadata >> 4), -1).flatten(1).long()
 
 
-def torch_nibbles(meta: Tensor) -> Tensor:
-    words = meta.flatten().view(torch.uint8).long()
+def torch_nibbles(metadata: Tensor) -> Tensor:
+    words = metadata.flatten().view(torch.uint8).long()
     return torch.stack((words & 15, words >> 4), -1).flatten()
 
 
@@ -196,7 +196,7 @@ def test_special_values(case: Case, dtype: torch.dtype) -> None:
     if case.format in ("csr", "bitmap"):
         assert packed.values.numel() == 1
     if case.format == "sp24":
-        assert int(packed.meta[2, 0]) & 15 == 0xE, "-0.0 must not take a place among the kept"
+        assert int(packed.metadata[2, 0]) & 15 == 0xE, "-0.0 must not take a place among the kept"
     assert torch.equal(packed.unpack(), zeros)
 
 

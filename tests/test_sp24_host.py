@@ -92,10 +92,10 @@ def test_int8_sums_are_exact(isa):  # type: ignore[no-untyped-def]
 
 
 def test_each_nibble(isa):  # type: ignore[no-untyped-def]
-    meta = torch.tensor([low | high << 4 for low in LEGAL_NIBBLES for high in LEGAL_NIBBLES], dtype=torch.uint8)
-    values = random_dense(1, 4 * len(meta))
-    layout = Sp24(values=values, meta=meta[None], shape=(1, 8 * len(meta)))
-    x = random_dense(3, 8 * len(meta), seed=1)
+    metadata = torch.tensor([low | high << 4 for low in LEGAL_NIBBLES for high in LEGAL_NIBBLES], dtype=torch.uint8)
+    values = random_dense(1, 4 * len(metadata))
+    layout = Sp24(values=values, metadata=metadata[None], shape=(1, 8 * len(metadata)))
+    x = random_dense(3, 8 * len(metadata), seed=1)
     assert_close(host_mm(layout, x), reference_mm(layout.unpack(), x))
 
 
@@ -158,7 +158,7 @@ def test_threads_agree(isa):  # type: ignore[no-untyped-def]
 def host_pack(dense, top2=False):  # type: ignore[no-untyped-def]
     n, k = dense.shape
     values = dense.new_empty(n, padded(k) // 2)
-    meta = torch.empty(n, padded(k) // 8, dtype=torch.uint8)
+    metadata = torch.empty(n, padded(k) // 8, dtype=torch.uint8)
     entry = _ext.host().sp24_pack_top2 if top2 else _ext.host().sp24_pack
     bad = entry(
         dense.data_ptr(),
@@ -167,10 +167,10 @@ def host_pack(dense, top2=False):  # type: ignore[no-untyped-def]
         k,
         dense.stride(0),
         values.data_ptr(),
-        meta.data_ptr(),
+        metadata.data_ptr(),
         2,
     )
-    return values, meta, bad
+    return values, metadata, bad
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
@@ -179,22 +179,22 @@ def test_pack_is_the_oracles(isa, dtype, n, k):  # type: ignore[no-untyped-def]
     w = weight(n, k, dtype, density=0.35)
     expected = Sp24(
         values=w.new_zeros(n, padded(k) // 2),
-        meta=torch.zeros(n, padded(k) // 8, dtype=torch.uint8),
+        metadata=torch.zeros(n, padded(k) // 8, dtype=torch.uint8),
         shape=(n, k),
     )
     with poisoned():
-        values, meta, bad = host_pack(w)
+        values, metadata, bad = host_pack(w)
     assert bad in (-1, None)
     packed = Sp24(
-        values=values, meta=meta, shape=(n, k), scale=random_scale(n) if dtype == torch.int8 else None
+        values=values, metadata=metadata, shape=(n, k), scale=random_scale(n) if dtype == torch.int8 else None
     ).check()
     assert torch.equal(packed.unpack(), w)
     assert expected.shape == packed.shape
     dense = torch.empty_like(w)
-    _ext.host().sp24_unpack(values.data_ptr(), meta.data_ptr(), _ext.DTYPES[dtype], n, k, dense.data_ptr(), 2)
+    _ext.host().sp24_unpack(values.data_ptr(), metadata.data_ptr(), _ext.DTYPES[dtype], n, k, dense.data_ptr(), 2)
     assert torch.equal(dense, w)
     col = torch.empty(n, padded(k) // 2, dtype=torch.int32)
-    _ext.host().sp24_columns(meta.data_ptr(), n, k, col.data_ptr(), 2)
+    _ext.host().sp24_columns(metadata.data_ptr(), n, k, col.data_ptr(), 2)
     assert torch.equal(col.long(), packed.columns())
 
 
@@ -209,10 +209,12 @@ def test_pack_specials(isa):  # type: ignore[no-untyped-def]
         [4, 0, 0, 0],
     ]
     w = torch.tensor(rows).repeat(1, 5)
-    values, meta, bad = host_pack(w)
+    values, metadata, bad = host_pack(w)
     assert bad == -1
-    assert [int(b) & 15 for b in meta[:, 0]] == [0xD, 0xC, 0xE, 0x8, 0xE, 0xC]
-    assert torch.equal(Sp24(values=values, meta=meta, shape=tuple(w.shape)).unpack().nan_to_num(7), w.nan_to_num(7))
+    assert [int(b) & 15 for b in metadata[:, 0]] == [0xD, 0xC, 0xE, 0x8, 0xE, 0xC]
+    assert torch.equal(
+        Sp24(values=values, metadata=metadata, shape=tuple(w.shape)).unpack().nan_to_num(7), w.nan_to_num(7)
+    )
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
@@ -228,13 +230,13 @@ def test_pack_names_the_first_violation(isa, dtype):  # type: ignore[no-untyped-
 def test_top2(isa, dtype):  # type: ignore[no-untyped-def]
     w = (random_dense(67, 101, seed=3) * 2).round().to(dtype)  # many ties
     w[0, :8] = torch.tensor([-128, 127, 127, -127, 0, 0, 0, 0]).to(dtype)
-    values, meta, _ = host_pack(w, top2=True)
+    values, metadata, _ = host_pack(w, top2=True)
     wide = w.float()
     order = torch.nn.functional.pad(wide, (0, 3)).reshape(67, -1, 4).abs().argsort(dim=-1, descending=True, stable=True)
     keep = torch.zeros(67, 26, 4).scatter_(-1, order[..., :2], 1).reshape(67, -1)[:, :101]
     scale = random_scale(67) if dtype == torch.int8 else None
     assert torch.equal(
-        Sp24(values=values, meta=meta, shape=(67, 101), scale=scale).check().unpack().float(), wide * keep
+        Sp24(values=values, metadata=metadata, shape=(67, 101), scale=scale).check().unpack().float(), wide * keep
     )
 
 

@@ -32,7 +32,7 @@ def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tenso
     if m >= _ROWS_TOKENS and host().active_isa() != "amx" and layout.values.numel() < 2**31:
         return _rows.mm(_rows_of(layout), x, bias, activation)
     x = unit_rows(x)
-    y = x.new_empty((m, n))
+    y = x.new_empty(m, n)
     bias = known_bias(bias)
     host().bitmap_mm(
         layout.values.data_ptr(),
@@ -65,7 +65,7 @@ def _rows_of(layout: Bitmap) -> _rows.Rows:
         return layout.offsets.to(torch.int32), col
 
     crow, col = plan(layout.bits, ("bitmap.rows", n, k), make)
-    return _rows.Rows(layout.values, crow, col, layout.shape)
+    return _rows.DerivedRows(layout.values, crow, col, layout.shape)
 
 
 def mm_t(layout: Bitmap, dy: Tensor) -> Tensor:

@@ -12,18 +12,19 @@ from .layout import Bsr
 
 def why_not(op: str, layout: Bsr, x: Tensor) -> str | None:
     """Why the compiled kernels cannot run this call, or None where they can."""
-    if x.dtype not in DTYPES or layout.dtype not in DTYPES:
-        return f"{x.dtype if x.dtype not in DTYPES else layout.dtype} is not supported by the host kernels"
-    if x.dtype == torch.int8:
+    own, given = layout.values.dtype, x.dtype
+    if given not in DTYPES or own not in DTYPES:
+        return f"{given if given not in DTYPES else own} is not supported by the host kernels"
+    if given == torch.int8:
         if op != "mm":
             return f"int8 activations are supported by mm only, not by {op}"
-        if layout.dtype != torch.int8:
-            return f"int8 activations need int8 values, these are {layout.dtype}"
-    elif layout.dtype == torch.int8:
+        if own != torch.int8:
+            return f"int8 activations need int8 values, these are {own}"
+    elif own == torch.int8:
         if op == "sddmm":
             return "int8 values have no gradient"
-    elif layout.dtype != x.dtype:
-        return f"values are {layout.dtype}, activations {x.dtype}; they must agree"
+    elif own != given:
+        return f"values are {own}, activations {given}; they must agree"
     return why_not_host()
 
 
@@ -35,9 +36,9 @@ def mm(layout: Bsr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     (n, k), (r, c) = layout.shape, layout.block
     dtype = DTYPES[x.dtype]
     if dtype == 3:
-        y, y_dtype = x.new_empty((m, n), dtype=torch.float32), 0
+        y, y_dtype = x.new_empty(m, n, dtype=torch.float32), 0
     else:
-        y, y_dtype = x.new_empty((m, n)), dtype
+        y, y_dtype = x.new_empty(m, n), dtype
     bias = known_bias(bias)
     host().bsr_mm(
         values.data_ptr(),
@@ -81,7 +82,7 @@ def mm_t(layout: Bsr, dy: Tensor) -> Tensor:
     m = dy.shape[0]
     values, scale = layout.values, layout.scale
     (n, k), (r, c) = layout.shape, layout.block
-    dx = dy.new_empty((m, k))
+    dx = dy.new_empty(m, k)
     crow_t, row_t, gather_t = plan(layout.col, ("bsr.transpose", n, k, r, c), lambda: transpose_index(layout))
     host().bsr_mm_t(
         values.data_ptr(),

@@ -25,17 +25,7 @@ class Bsr(Layout):
 
     format = "bsr"
     index_fields = ("crow", "col")
-    dims_count = 4
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return (*self.shape, *self.block)
-
-    @classmethod
-    def from_parts(cls, values: Tensor, index: tuple[Tensor, ...], scale: Tensor | None, dims: tuple[int, ...]) -> Bsr:
-        made = super().from_parts(values, index, scale, dims)
-        made.__dict__["block"] = (dims[2], dims[3])
-        return made
+    dims_field = "block"
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -117,10 +117,10 @@ def _sp24(values: Tensor, groups: Tensor, shape: tuple[int, int], scale: Tensor 
     if k % 8:  # sp24 is padded to whole bytes
         nibbles = torch.nn.functional.pad(nibbles, (0, 1), value=0xE)
         values = torch.nn.functional.pad(values, (0, 2))
-    meta = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    metadata = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
     if scale is not None:
         scale = scale.reshape(-1).to(torch.float32).expand(n).contiguous()
-    return Sp24(values=values.contiguous(), meta=meta.contiguous(), shape=shape, scale=scale)
+    return Sp24(values=values.contiguous(), metadata=metadata.contiguous(), shape=shape, scale=scale)
 
 
 def _bits(mask: Tensor) -> Tensor:

@@ -135,12 +135,10 @@ def decode(name: str, record: Record, parts: dict[str, Tensor]) -> Weight:
     layout = FORMATS[record.format].layout
     try:
         index = tuple(parts[field] for field in layout.index_fields)
-        try:
-            packed = layout.from_parts(parts["values"], index, parts.get("scale"), record.dims)
-        except IndexError:
-            raise ValueError(f"dims {record.dims} are too few for format {record.format}") from None
-        if packed.dims != record.dims:
-            raise ValueError(f"dims {record.dims} are too many for format {record.format}")
+        if len(record.dims) != layout.dims_count():
+            few = "few" if len(record.dims) < layout.dims_count() else "many"
+            raise ValueError(f"dims {record.dims} are too {few} for format {record.format}")
+        packed = layout.from_parts(parts["values"], index, parts.get("scale"), record.dims)
         flag = parts.get(ORDER_FLAG)
         if flag is not None and (flag.numel() != 1 or bool(flag) != (record.order == "rsc")):
             raise ValueError(f"{ORDER_FLAG} contradicts the header's order {record.order!r}")

@@ -174,10 +174,10 @@ def _read_state(found: Found, get: Callable[[str], Tensor]) -> Weight:
     parts = {role: get(key) for role, key in found.parts.items()}
     values = parts["values"]
     problem = "a state_dict does not say how wide this weight is; save with sparsekern.checkpoint.save"
-    format = "sp24" if "meta" in parts else "bitmap" if "bits" in parts else "bsr" if values.dim() == 3 else "csr"
+    format = "sp24" if "metadata" in parts else "bitmap" if "bits" in parts else "bsr" if values.dim() == 3 else "csr"
     source = f"{found.source} ({format})"
-    if format == "sp24" and parts["meta"].dim() == 2:
-        dims: tuple[int, ...] = (values.shape[0], 8 * parts["meta"].shape[1])
+    if format == "sp24" and parts["metadata"].dim() == 2:
+        dims: tuple[int, ...] = (values.shape[0], 8 * parts["metadata"].shape[1])
     elif format == "bitmap" and parts["bits"].dim() == 2:
         dims = (parts["bits"].shape[0], 8 * parts["bits"].shape[1])
     else:

@@ -9,4 +9,4 @@ from .geometry import Geometry as Geometry
 from .geometry import matrix_of as matrix_of
 from .geometry import padding_of as padding_of
 from .geometry import weight_of as weight_of
-from .library import conv2d_operand as conv2d_operand
+from .library import conv2d_layout as conv2d_layout

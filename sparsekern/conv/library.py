@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _WEIGHT, _define, _layout
+from .._library import _define, unwatched
 from ..dispatch import BACKENDS
 from ..formats import FORMATS
-from ..layout import Layout, Operand
+from ..layout import Layout
 from ..ref import ACTIVATIONS
 from . import host, ref
 from .geometry import Geometry, memory_format
@@ -42,59 +42,92 @@ def choose(op: str, layout: Layout, x: Tensor, backend: str | None) -> ModuleTyp
     return ref
 
 
-def _define_conv2d(format: str):
-    def conv2d(values, index, scale, dims, x, bias, geometry, activation, backend):
-        layout, g = _layout(format, values, index, scale, dims), Geometry(*geometry)
-        return choose("conv2d", layout, x, backend).conv2d(layout, x, bias, g, activation)
-
-    def fake(values, index, scale, dims, x, bias, geometry, activation, backend):
-        size = (x.shape[0], dims[0], *Geometry(*geometry).out_size(x.shape[2], x.shape[3]))
-        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-
-    schema = f"({_WEIGHT}, Tensor x, Tensor? bias, int[] geometry, str activation, str? backend) -> Tensor"
-    return _define(f"{format}_conv2d", schema, conv2d, fake)
+def _conv2d(layout, x, bias, geometry, activation, backend):
+    return choose("conv2d", layout, x, backend).conv2d(layout, x, bias, Geometry(*geometry), activation)
 
 
-def _define_conv2d_input(format: str):
-    def conv2d_input(values, index, scale, dims, dy, geometry, height, width, backend):
-        layout, g = _layout(format, values, index, scale, dims), Geometry(*geometry)
-        return choose("conv2d_input", layout, dy, backend).conv2d_input(layout, dy, g, height, width)
-
-    def fake(values, index, scale, dims, dy, geometry, height, width, backend):
-        g = Geometry(*geometry)
-        size = (dy.shape[0], dims[1] // g.taps * g.groups, height, width)
-        return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=memory_format(dy))
-
-    schema = f"({_WEIGHT}, Tensor dy, int[] geometry, SymInt height, SymInt width, str? backend) -> Tensor"
-    return _define(f"{format}_conv2d_input", schema, conv2d_input, fake)
+def _conv2d_fake(values, index, scale, dims, x, bias, geometry, activation, backend):
+    size = (x.shape[0], dims[0], *Geometry(*geometry).out_size(x.shape[2], x.shape[3]))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _define_conv2d_weight(format: str):
-    def conv2d_weight(values, index, scale, dims, dy, x, geometry, backend):
-        layout, g = _layout(format, values, index, scale, dims), Geometry(*geometry)
-        return choose("conv2d_weight", layout, x, backend).conv2d_weight(layout, dy, x, g)
-
-    def fake(values, index, scale, dims, dy, x, geometry, backend):
-        return values.new_empty(values.shape)
-
-    schema = f"({_WEIGHT}, Tensor dy, Tensor x, int[] geometry, str? backend) -> Tensor"
-    return _define(f"{format}_conv2d_weight", schema, conv2d_weight, fake)
+CONV2D = _define(
+    "conv2d",
+    "Tensor x, Tensor? bias, int[] geometry, str activation, str? backend) -> Tensor",
+    _conv2d,
+    _conv2d_fake,
+)
 
 
-CONV2D = {name: _define_conv2d(name) for name in FORMATS}
-CONV2D_INPUT = {name: _define_conv2d_input(name) for name in FORMATS}
-CONV2D_WEIGHT = {name: _define_conv2d_weight(name) for name in FORMATS}
+def conv2d(
+    w: Layout, x: Tensor, bias: Tensor | None, geometry: Geometry, activation: str, backend: str | None, direct: bool
+) -> Tensor:
+    """y = act(conv(x, W) + bias) of checked arguments, by either road. Not differentiable."""
+    if direct:
+        return _conv2d(w, x, bias, geometry, activation, backend)
+    return CONV2D[w.format](*w.parts, x, bias, geometry, activation, backend)
+
+
+def _conv2d_input(layout, dy, geometry, height, width, backend):
+    return choose("conv2d_input", layout, dy, backend).conv2d_input(layout, dy, Geometry(*geometry), height, width)
+
+
+def _conv2d_input_fake(values, index, scale, dims, dy, geometry, height, width, backend):
+    g = Geometry(*geometry)
+    size = (dy.shape[0], dims[1] // g.taps * g.groups, height, width)
+    return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=memory_format(dy))
+
+
+CONV2D_INPUT = _define(
+    "conv2d_input",
+    "Tensor dy, int[] geometry, SymInt height, SymInt width, str? backend) -> Tensor",
+    _conv2d_input,
+    _conv2d_input_fake,
+)
+
+
+def conv2d_input(
+    w: Layout, dy: Tensor, geometry: Geometry, height: int, width: int, backend: str | None, direct: bool
+) -> Tensor:
+    """dx, of the given height and width, from dy."""
+    if direct:
+        return _conv2d_input(w, dy, geometry, height, width, backend)
+    return CONV2D_INPUT[w.format](*w.parts, dy, geometry, height, width, backend)
+
+
+def _conv2d_weight(layout, dy, x, geometry, backend):
+    return choose("conv2d_weight", layout, x, backend).conv2d_weight(layout, dy, x, Geometry(*geometry))
+
+
+def _conv2d_weight_fake(values, index, scale, dims, dy, x, geometry, backend):
+    return values.new_empty(values.shape)
+
+
+CONV2D_WEIGHT = _define(
+    "conv2d_weight",
+    "Tensor dy, Tensor x, int[] geometry, str? backend) -> Tensor",
+    _conv2d_weight,
+    _conv2d_weight_fake,
+)
+
+
+def conv2d_weight(w: Layout, dy: Tensor, x: Tensor, geometry: Geometry, backend: str | None, direct: bool) -> Tensor:
+    """dW at the stored positions, like values."""
+    if direct:
+        return _conv2d_weight(w, dy, x, geometry, backend)
+    return CONV2D_WEIGHT[w.format](*w.parts, dy, x, geometry, backend)
 
 
 class SparseConv(torch.autograd.Function):
     """Y = conv(X, W) + bias; dX transposed; dW at the stored positions; dbias = the sums of dY."""
 
     @staticmethod
-    def forward(ctx, values, x, bias, scale, format, dims, geometry, backend, *index):
+    def forward(ctx, values, x, bias, scale, format, dims, geometry, backend, direct, *index):
         ctx.save_for_backward(values, x, scale, *index)
         ctx.call = (format, dims, geometry, backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return CONV2D[format](values, index, scale, dims, x, bias, geometry, "none", backend)
+        w = FORMATS[format].layout.from_parts(values, index, scale, dims)
+        return conv2d(w, x, bias, geometry, "none", backend, direct)
 
     @staticmethod
     @once_differentiable
@@ -102,23 +135,23 @@ class SparseConv(torch.autograd.Function):
         values, x, scale, *index = ctx.saved_tensors
         format, dims, geometry, backend = ctx.call
         need_values, need_x, need_bias = ctx.needs_input_grad[:3]
-        dvalues = dx = dbias = None
-        if need_values:
-            dvalues = CONV2D_WEIGHT[format](values, index, scale, dims, dy, x, geometry, backend)
-        if need_x:
-            dx = CONV2D_INPUT[format](values, index, scale, dims, dy, geometry, x.shape[2], x.shape[3], backend)
+        w = FORMATS[format].layout.from_parts(values, tuple(index), scale, dims)
+        direct = unwatched(values, x, dy)
+        dvalues = conv2d_weight(w, dy, x, geometry, backend, direct) if need_values else None
+        dx = conv2d_input(w, dy, geometry, x.shape[2], x.shape[3], backend, direct) if need_x else None
+        dbias = None
         if need_bias:
             dbias = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dvalues, dx, dbias, None, None, None, None, None, *(None for _ in index)
+        return dvalues, dx, dbias, None, None, None, None, None, None, *(None for _ in index)
 
 
-def conv2d_operand(
-    w: Operand, x: Tensor, bias: Tensor | None, geometry: Geometry, activation: str, backend: str | None
+def conv2d_layout(
+    w: Layout, x: Tensor, bias: Tensor | None, geometry: Geometry, activation: str, backend: str | None, direct: bool
 ) -> Tensor:
     """The convolution of checked arguments: x [B, C, H, W]."""
     if torch.is_grad_enabled() and (
         w.values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y = SparseConv.apply(w.values, x, bias, w.scale, w.format, w.dims, geometry, backend, *w.index)
+        y = SparseConv.apply(w.values, x, bias, w.scale, w.format, w.dims, geometry, backend, direct, *w.index)
         return ACTIVATIONS[activation](y)
-    return CONV2D[w.format](w.values, w.index, w.scale, w.dims, x, bias, geometry, activation, backend)
+    return conv2d(w, x, bias, geometry, activation, backend, direct)

@@ -12,28 +12,24 @@ from .layout import Csr
 
 def why_not(op: str, layout: Csr, x: Tensor) -> str | None:
     """Why the compiled kernels cannot run this call, or None where they can."""
-    for dtype in (layout.values.dtype, x.dtype):
-        if dtype not in DTYPES or dtype == torch.int8:
-            return f"{dtype} is not supported by the host kernels"
-    if layout.values.dtype != x.dtype:
-        return f"values are {layout.values.dtype}, activations {x.dtype}; they must agree"
+    own = layout.values.dtype
+    if own != x.dtype:
+        return f"values are {own}, activations {x.dtype}; they must agree"
+    if own not in DTYPES or own == torch.int8:
+        return f"{own} is not supported by the host kernels"
     return why_not_host()
-
-
-def _of(layout: Csr) -> _rows.Rows:
-    return _rows.Rows(layout.values, layout.crow, layout.col, layout.shape)
 
 
 def mm(layout: Csr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
-    return _rows.mm(_of(layout), x, bias, activation)
+    return _rows.mm(layout, x, bias, activation)
 
 
 def mm_t(layout: Csr, dy: Tensor) -> Tensor:
     """dX = dY W: dy [M, N] -> [M, K]."""
-    return _rows.mm_t(_of(layout), dy)
+    return _rows.mm_t(layout, dy)
 
 
 def sddmm(layout: Csr, dy: Tensor, x: Tensor) -> Tensor:
     """dW = dY^T X at the stored positions: dy [M, N], x [M, K] -> [nnz]."""
-    return _rows.sddmm(_of(layout), dy, x)
+    return _rows.sddmm(layout, dy, x)

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import FORMATS, layout_of
-from ..layout import Layout, Operand
+from ..formats import FORMATS
+from ..layout import Layout
 from ..tensor import SparseTensor, _wrap
 
 
 class SparseModule(nn.Module):
     """A module with one sparse weight W[N, K], an optional bias [N], an activation and a backend.
 
-    The weight's parts are `values` (a parameter) and the format's index tensors (buffers: `meta`; `crow`, `col`;
+    The weight's parts are `values` (a parameter) and the format's index tensors (buffers: `metadata`; `crow`, `col`;
     `bits`, `offsets`), `scale` for int8. `backend` None lets the dispatcher choose.
     """
 
@@ -47,19 +47,17 @@ class SparseModule(nn.Module):
         for name, t in zip(packed.index_fields, packed.index, strict=True):
             self.register_buffer(name, t)
         self.register_buffer("scale", packed.scale)
+        self._layout = type(packed)
         self._index_fields = packed.index_fields
         self._dims = packed.dims
 
     @property
-    def operand(self) -> Operand:
-        buffers = self._buffers  # not self.<name>: nn.Module.__getattr__ would cost a microsecond each
-        index = tuple([buffers[name] for name in self._index_fields])
-        return Operand(self.format, self._parameters["values"], index, buffers["scale"], self._dims)  # type: ignore
-
-    @property
     def packed(self) -> Layout:
         """The layout around this module's own tensors."""
-        return layout_of(self.operand)
+        buffers: Any = self._buffers  # not self.<name>: nn.Module.__getattr__ would cost a microsecond each
+        values: Any = self._parameters["values"]
+        index = tuple([buffers[name] for name in self._index_fields])
+        return self._layout.from_parts(values, index, buffers["scale"], self._dims)
 
     @property
     def weight(self) -> SparseTensor:
@@ -133,7 +131,7 @@ class SparseModule(nn.Module):
                 )
             parts = {name: state_dict[prefix + name].detach().clone() for name in names}
             index = tuple(parts[name] for name in self._index_fields)
-            layout = FORMATS[self.format].layout.from_parts(parts["values"], index, parts.get("scale"), self._dims)
+            layout = self._layout.from_parts(parts["values"], index, parts.get("scale"), self._dims)
             layout.check()
             return self._as_own_dtype(layout)
         if prefix + "weight" in state_dict:

@@ -117,13 +117,13 @@ class SparseConv2d(SparseModule):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
-        operand, x = self.operand, input
+        packed, x = self.packed, input
         if self.padding_mode != "zeros":
-            _check_images(operand, x)
+            _check_images(packed, x)
             images = x if x.dim() == 4 else x.unsqueeze(0)  # circular padding wants a batch
             padded = nn.functional.pad(images, self._edges, mode=self.padding_mode)
             x = padded if x.dim() == 4 else padded.squeeze(0)
-        return conv2d_geometry(operand, x, self._parameters["bias"], self.geometry, self.activation, self.backend)
+        return conv2d_geometry(packed, x, self._parameters["bias"], self.geometry, self.activation, self.backend)
 
     def to_dense(self) -> nn.Conv2d:
         """The nn.Conv2d with the same weight, zeros filled in."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import FORMATS
-from ..functional import linear_operand
+from ..functional import linear_layout
 from ..layout import Layout
 from .base import SparseModule, random_topology
 
@@ -76,7 +76,7 @@ class SparseLinear(SparseModule):
         return dense.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear_operand(self.operand, input, self._parameters["bias"], self.activation, self.backend)
+        return linear_layout(self.packed, input, self._parameters["bias"], self.activation, self.backend)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"

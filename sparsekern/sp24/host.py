@@ -30,21 +30,25 @@ def mm(layout: Sp24, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     m = x.shape[0]
     values, scale = layout.values, layout.scale
     x = unit_rows(x)
-    y = x.new_empty((m, n), dtype=torch.float32 if x.dtype == torch.int8 else x.dtype)
+    x_dtype = DTYPES[x.dtype]
+    if x_dtype == 3:
+        y, y_dtype = x.new_empty(m, n, dtype=torch.float32), 0
+    else:
+        y, y_dtype = x.new_empty(m, n), x_dtype
     bias = known_bias(bias)
     host().sp24_mm(
         values.data_ptr(),
-        layout.meta.data_ptr(),
+        layout.metadata.data_ptr(),
         0 if scale is None else scale.data_ptr(),
         DTYPES[values.dtype],
         n,
         k,
         x.data_ptr(),
-        DTYPES[x.dtype],
+        x_dtype,
         m,
         x.stride(0),
         y.data_ptr(),
-        DTYPES[y.dtype],
+        y_dtype,
         n,
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else DTYPES[bias.dtype],
@@ -63,7 +67,7 @@ def _topology(layout: Sp24) -> tuple[Tensor, Tensor, Tensor | None]:
 
     def make() -> tuple[Tensor, Tensor, Tensor | None]:
         col = torch.empty((n, stored), dtype=torch.int32)
-        host().sp24_columns(layout.meta.data_ptr(), n, k, col.data_ptr(), torch.get_num_threads())
+        host().sp24_columns(layout.metadata.data_ptr(), n, k, col.data_ptr(), torch.get_num_threads())
         if 2 * stored == k:
             return torch.arange(n + 1, dtype=torch.int32) * stored, col.flatten(), None
         inside = col < k
@@ -71,20 +75,20 @@ def _topology(layout: Sp24) -> tuple[Tensor, Tensor, Tensor | None]:
         torch.cumsum(inside.sum(1), 0, out=crow[1:])
         return crow, col[inside], inside.flatten().nonzero().flatten()
 
-    return plan(layout.meta, ("sp24.rows", n, k), make)
+    return plan(layout.metadata, ("sp24.rows", n, k), make)
 
 
 def mm_t(layout: Sp24, dy: Tensor) -> Tensor:
     """dX = dY W: dy [M, N] -> [M, K]."""
     crow, col, kept = _topology(layout)
     values = layout.values.flatten() if kept is None else layout.values.flatten()[kept]
-    return _rows.mm_t(_rows.Rows(values, crow, col, layout.shape), dy)
+    return _rows.mm_t(_rows.DerivedRows(values, crow, col, layout.shape), dy)
 
 
 def sddmm(layout: Sp24, dy: Tensor, x: Tensor) -> Tensor:
     """dW = dY^T X at the stored positions: dy [M, N], x [M, K] -> [N, Kp / 2], zero where padded."""
     crow, col, kept = _topology(layout)
-    dvalues = _rows.sddmm(_rows.Rows(layout.values.flatten()[: len(col)], crow, col, layout.shape), dy, x)
+    dvalues = _rows.sddmm(_rows.DerivedRows(layout.values.flatten()[: len(col)], crow, col, layout.shape), dy, x)
     if kept is not None:
         dvalues = layout.values.new_zeros(layout.values.numel()).index_copy_(0, kept, dvalues)
     return dvalues.reshape(layout.values.shape)

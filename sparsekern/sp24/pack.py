@@ -46,8 +46,8 @@ def pack(dense: Tensor, *, prune: bool = False, scale: Tensor | None = None) -> 
     pair = rank.topk(2, dim=-1).indices.sort(dim=-1).values
     values = groups.gather(-1, pair).reshape(n, kp // 2)
     nibbles = (pair[..., 0] | pair[..., 1] << 2).to(torch.uint8).reshape(n, kp // 8, 2)
-    meta = nibbles[..., 0] | nibbles[..., 1] << 4
-    return Sp24(values=values.contiguous(), meta=meta.contiguous(), shape=(n, k), scale=scale)
+    metadata = nibbles[..., 0] | nibbles[..., 1] << 4
+    return Sp24(values=values.contiguous(), metadata=metadata.contiguous(), shape=(n, k), scale=scale)
 
 
 def _pack_host(dense: Tensor, prune: bool, scale: Tensor | None) -> Sp24:
@@ -55,15 +55,15 @@ def _pack_host(dense: Tensor, prune: bool, scale: Tensor | None) -> Sp24:
     dense = dense if dense.stride(1) == 1 else dense.contiguous()
     n, k = dense.shape
     kp = padded(k)
-    values, meta = dense.new_empty(n, kp // 2), dense.new_empty((n, kp // 8), dtype=torch.uint8)
+    values, metadata = dense.new_empty(n, kp // 2), dense.new_empty((n, kp // 8), dtype=torch.uint8)
     packer = host().sp24_pack_top2 if prune else host().sp24_pack
-    where = (dense.data_ptr(), DTYPES[dense.dtype], n, k, dense.stride(0), values.data_ptr(), meta.data_ptr())
+    where = (dense.data_ptr(), DTYPES[dense.dtype], n, k, dense.stride(0), values.data_ptr(), metadata.data_ptr())
     bad = packer(*where, torch.get_num_threads())
     if bad is not None and bad >= 0:
         row, group = divmod(bad, kp // 4)
         values_of_group = torch.nn.functional.pad(dense[row, 4 * group : 4 * group + 4], (0, max(0, 4 * group + 4 - k)))
         raise not_24(row, group, values_of_group)
-    return Sp24(values=values, meta=meta, shape=(n, k), scale=scale)
+    return Sp24(values=values, metadata=metadata, shape=(n, k), scale=scale)
 
 
 def not_24(row: int, group: int, values: Tensor) -> ValueError:

@@ -147,7 +147,7 @@ def large() -> None:
     packed = pack(testing.random_dense(37, 61), prune=True).check()
     assert packed.unpack().count_nonzero() > 37 * 28
     module = sys.modules["sparsekern._host"]
-    assert module.sp24_check(packed.meta.data_ptr(), packed.meta.numel()) == -1
+    assert module.sp24_check(packed.metadata.data_ptr(), packed.metadata.numel()) == -1
     for m, n, k in ((1, 5, 33), (3, 17, 96), (2, 8, 130)):
         x, w = testing.random_dense(m, k, dtype=torch.bfloat16), testing.random_dense(n, k, dtype=torch.bfloat16)
         y = x.new_empty(m, n)
