@@ -25,7 +25,7 @@ def operand_of(w: Any, name: str = "w") -> Operand:
     if isinstance(w, SparseTensor):
         if w.transposed:
             raise ValueError(f"{name} is transposed; pass the weight W[N, K] itself")
-        return w.packed.operand._replace(values=values_of(w))
+        return _with_values(w.packed.operand, values_of(w))
     if isinstance(w, Layout):
         return w.operand
     raise TypeError(
@@ -157,6 +157,11 @@ def _times(x: Tensor, w: SparseTensor, backend: str | None) -> Tensor:
     return y.reshape(*x.shape[:-1], k)
 
 
+def _with_values(w: Operand, values: Tensor) -> Operand:
+    """Not _replace: torch.compile of torch 2.6 cannot look into it."""
+    return Operand(w.format, values, w.index, w.scale, w.dims)
+
+
 def _count(shape: torch.Size) -> int:
     """The number of tokens; -1 in reshape cannot tell it where K is 0."""
     total = 1
@@ -176,7 +181,7 @@ def _autocast(x: Tensor, w: Operand, bias: Tensor | None) -> tuple[Tensor, Opera
         return x, w, bias
     dtype = torch.get_autocast_dtype(device)
     values = w.values if w.values.dtype == torch.int8 else w.values.to(dtype)
-    return x.to(dtype), w._replace(values=values), None if bias is None else bias.to(dtype)
+    return x.to(dtype), _with_values(w, values), None if bias is None else bias.to(dtype)
 
 
 def _check_is_dense(x: Any) -> None:

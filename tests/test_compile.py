@@ -121,7 +121,8 @@ def test_export(case: Case) -> None:
     layer = SparseLinear.from_packed(case.pack(dense), random_dense(N, seed=3), "relu")
     module = nn.Sequential(layer)  # not alone: sp24's buffer `meta` would meet GraphModule's own attribute
     tokens = torch.export.Dim("tokens", min=2, max=512)
-    program = torch.export.export(module, (random_dense(4, K),), dynamic_shapes=({0: tokens},))
+    x = random_dense(4, K)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: tokens},), strict=False)
     for m in (4, 9, 130):
         x = random_dense(m, K, seed=m)
         assert torch.equal(program.module()(x), module(x))
