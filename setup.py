@@ -1,14 +1,15 @@
 """Builds sparsekern._host with g++ (or clang++) and ninja. Imports no torch.
 
 Every csrc/<format>/host.cpp is compiled once per instruction set; csrc/core/isa.h says how the sets are told
-apart. Environment: SPARSEKERN_ISAS=portable,amx builds only those; SPARSEKERN_SANITIZE=address,undefined adds
-sanitizers; CXX names the compiler.
+apart. Environment: SPARSEKERN_ISAS=avx2,amx builds only those and portable, which is always built;
+SPARSEKERN_SANITIZE=address,undefined adds sanitizers; CXX names the compiler, with arguments if need be.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,28 +34,58 @@ ISA_FLAGS = {
 
 
 def say(message: str) -> None:
-    """One line that is seen even where pip hides a build's output."""
+    """One line on stderr. pip shows it with -v only; scripts/setup shows it always."""
     print(f"sparsekern: {message}", file=sys.stderr, flush=True)
 
 
-def accepts(cxx: str, flags: str) -> bool:
-    command = [cxx, *flags.split(), "-x", "c++", "-E", os.devnull, "-o", os.devnull]
-    return subprocess.run(command, capture_output=True).returncode == 0
+def find_compiler() -> list[str]:
+    """The command in CXX, which may have arguments ("ccache g++"), else the first of the usual names; may be empty."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    return named or next(([name] for name in ("g++", "clang++", "c++") if shutil.which(name)), [])
 
 
-def wanted_isas(cxx: str) -> list[str]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    names = [name for name in ISA_FLAGS if name == "portable" or (x86 and accepts(cxx, ISA_FLAGS[name]))]
+def complaint(cxx: list[str], flags: list[str], source: str = "") -> str | None:
+    """The compiler's first line of error for this source with these flags, or None where it compiles."""
+    command = [*cxx, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return next((line for line in lines if "error" in line.lower()), lines[0])
+
+
+def why_not_host(cxx: list[str]) -> str | None:
+    """What this machine lacks to build the CPU kernels, or None where they can be built."""
+    if not cxx or shutil.which(cxx[0]) is None:
+        return f"no C++ compiler ({shlex.join(cxx) or 'g++'}) found"
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    if not any(Path(folder, "Python.h").exists() for folder in python_includes()):
+        return f"no Python.h of {python} found (on Debian and Ubuntu: apt-get install {python}-dev)"
+    error = complaint(cxx, ["-std=c++20"], "#include <atomic>\n#include <concepts>\n#include <thread>\n")
+    return error and f"{shlex.join(cxx)} cannot compile C++20, which g++ 11 and clang++ 14 can ({error})"
+
+
+def python_includes() -> list[str]:
+    paths = sysconfig.get_paths()
+    return sorted({paths["include"], paths["platinclude"]})
+
+
+def wanted_isas(cxx: list[str]) -> list[str]:
+    """The sets to build: those asked for (all, unless SPARSEKERN_ISAS names some) that the compiler has flags for."""
     only = os.environ.get("SPARSEKERN_ISAS")
-    if only:
-        unknown = set(only.split(",")) - set(ISA_FLAGS)
-        if unknown:
-            raise SystemExit(f"SPARSEKERN_ISAS: unknown {sorted(unknown)}; known: {list(ISA_FLAGS)}")
-        names = [name for name in names if name in only.split(",")]
-    return names
+    unknown = set(only.split(",") if only else ()) - set(ISA_FLAGS)
+    if unknown:
+        raise SystemExit(f"SPARSEKERN_ISAS: unknown {sorted(unknown)}; known: {list(ISA_FLAGS)}")
+    asked = ["portable", *(n for n in ISA_FLAGS if n != "portable" and (not only or n in only.split(",")))]
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["portable"]
+    refused = [name for name in asked if complaint(cxx, ISA_FLAGS[name].split())]
+    if refused:
+        say(f"{shlex.join(cxx)} cannot compile for {', '.join(refused)}: such processors run the next lower kernels")
+    return [name for name in asked if name not in refused]
 
 
-def ninja_file(cxx: str, out: Path, objects: Path) -> str:
+def ninja_file(cxx: list[str], out: Path, objects: Path) -> str:
     """The whole build as a ninja file: a rule to compile, a rule to link, one edge per source and set."""
     import pybind11
 
@@ -64,11 +95,13 @@ def ninja_file(cxx: str, out: Path, objects: Path) -> str:
     optimise = "-O0 -g1" if sanitize else "-O3"  # -O1 with sanitizers takes three times as long to compile
     # Not for bind*.cpp: they only pass integers on, and pybind11 takes minutes to compile with sanitizers.
     checked = f"-fsanitize={sanitize} -fno-sanitize=null,object-size" if sanitize else ""
-    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+    # For bind*.cpp alone: with pip's build isolation pybind11 lies elsewhere every time, and all would be rebuilt.
+    includes = " ".join(f"-isystem {shlex.quote(path)}" for path in (pybind11.get_include(), *python_includes()))
     common = f"-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -pthread -DSK_BUILT_ISAS={built} {optimise}"
     lines = [
-        f"cxx = {cxx}",
-        f"common = {common} {includes}",
+        f"cxx = {shlex.join(cxx)}".replace("$", "$$"),
+        f"common = {common}",
+        f"python = {includes}".replace("$", "$$"),
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $common $flags -c $in -o $out",
         "  depfile = $out.d",
@@ -84,7 +117,7 @@ def ninja_file(cxx: str, out: Path, objects: Path) -> str:
 
     def edge(source: Path, name: str, flags: str = "") -> None:
         target = objects / f"{name}.o"
-        flags = flags if source.stem.startswith("bind") else f"{flags} {checked}".strip()
+        flags = f"{flags} {'$python' if source.stem.startswith('bind') else checked}".strip()
         lines.append(f"build {escape(target)}: compile {escape(source)}")
         if flags:
             lines.append(f"  flags = {flags}")
@@ -114,9 +147,12 @@ class NinjaBuild(build_ext):
     """Writes build.ninja and runs it; without a compiler the package installs with its torch backend only."""
 
     def build_extension(self, ext: Extension) -> None:
-        cxx = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-        if cxx is None or shutil.which(cxx.split()[0]) is None:
-            say("no C++ compiler (g++) found: the CPU kernels are not built and every op runs on plain torch")
+        if shutil.which("nvcc") is None:
+            say("no nvcc found: the GPU kernels are not built and CUDA tensors run on plain torch")
+        cxx = find_compiler()
+        missing = why_not_host(cxx)
+        if missing:
+            say(f"{missing}: the CPU kernels are not built and every op runs on plain torch, slowly")
             return
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Not build_temp: pip makes a new one for every editable install, and the build would never be incremental.
@@ -130,8 +166,6 @@ class NinjaBuild(build_ext):
             subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(objects), *jobs], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit("sparsekern: the C++ build failed; the compiler's message is above") from error
-        if shutil.which("nvcc") is None:
-            say("no nvcc found: the GPU kernels are not built and CUDA tensors run on plain torch")
 
     def copy_extensions_to_source(self) -> None:
         if all(Path(self.build_lib, self.get_ext_filename(e.name)).exists() for e in self.extensions):

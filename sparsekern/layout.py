@@ -20,6 +20,15 @@ def is_size(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and n >= 0
 
 
+def padded(matrix: Tensor, n: int, k: int) -> Tensor:
+    """[n, k] with the matrix in its upper left corner and zeros elsewhere; the matrix itself where it fits."""
+    if matrix.shape == (n, k):
+        return matrix
+    whole = matrix.new_zeros(n, k)  # functional.pad refuses some matrices without rows or columns in torch 2.6
+    whole[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return whole
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Layout:
     """The stored form of one weight W[N, K].

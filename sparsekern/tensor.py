@@ -131,7 +131,7 @@ class SparseTensor(torch.Tensor):
 def _wrap(packed: Layout, transposed: bool = False, requires_grad: bool = False) -> SparseTensor:
     """A SparseTensor around a layout that is known to be right."""
     shape = packed.shape[::-1] if transposed else packed.shape
-    made = torch.Tensor._make_wrapper_subclass(
+    made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,unused-ignore]  # old torch hides it
         SparseTensor, shape, dtype=packed.dtype, device=packed.device, requires_grad=requires_grad
     )
     made.packed, made.transposed = packed, transposed

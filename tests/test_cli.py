@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -556,7 +557,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_closed_pipe_is_no_error(files: Path) -> None:
     root = Path(sk.__file__).parent.parent
-    inspect = f"{sys.executable} -m sparsekern inspect {files / 'm.safetensors'}"
+    inspect = shlex.join([sys.executable, "-m", "sparsekern", "inspect", str(files / "m.safetensors")])
     command = f"{inspect} | head -c 10; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)}

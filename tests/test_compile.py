@@ -99,6 +99,7 @@ def test_compile_training_step(case: Case) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.skipif(" " in torch.__file__, reason="inductor does not quote torch's own path for the compiler")
 def test_inductor() -> None:
     """The default backend of torch.compile, forward and backward."""
     case = Case("csr")
@@ -122,7 +123,8 @@ def test_export(case: Case, alone: bool) -> None:
     layer = SparseLinear.from_packed(case.pack(case.dense(N, K)), random_dense(N, seed=3), "relu")
     module = layer if alone else nn.Sequential(layer)
     tokens = torch.export.Dim("tokens", min=2, max=512)
-    program = torch.export.export(module, (random_dense(4, K),), dynamic_shapes=({0: tokens},))
+    x = random_dense(4, K)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: tokens},), strict=False)
     for m in (4, 9, 130):
         x = random_dense(m, K, seed=m)
         assert torch.equal(program.module()(x), module(x))

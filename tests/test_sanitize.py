@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,10 @@ SANITIZERS = "address,undefined"
 
 def runtime(name: str) -> Path | None:
     """The compiler's sanitizer library, or None where it is not installed."""
-    compiler = os.environ.get("CXX", "g++").split()[0]
-    if shutil.which(compiler) is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None:
         return None
-    done = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True)
+    done = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True)
     path = Path(done.stdout.strip())
     return path if path.is_absolute() and path.exists() else None
 
@@ -37,8 +39,7 @@ def sanitized_module() -> Path:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(lib)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (module,) = lib.glob("sparsekern/_host*.so")
-    return module
+    return lib / "sparsekern" / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def test_no_bad_access_and_no_undefined_behaviour() -> None:

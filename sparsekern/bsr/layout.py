@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._ext import host
-from ..layout import FLOATS, Layout
+from ..layout import FLOATS, Layout, padded
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,7 +51,7 @@ class Bsr(Layout):
 
     def sample(self, dense: Tensor) -> Tensor:
         (n, k), (nb, kb), (r, c) = self.shape, self.grid, self.block
-        whole = torch.nn.functional.pad(dense, (0, kb * c - k, 0, nb * r - n))
+        whole = padded(dense, nb * r, kb * c)
         blocks = whole.reshape(nb, r, kb, c).transpose(1, 2)
         return blocks[self.block_rows(), self.col.long()]
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._ext import DTYPES, host, host_packs
+from ..layout import padded
 from .layout import Bsr
 
 
@@ -15,7 +16,7 @@ def pack(dense: Tensor, block: tuple[int, int], *, scale: Tensor | None = None) 
         return _pack_host(dense.detach(), block, scale=scale)
     (n, k), (r, c) = dense.shape, block
     nb, kb = -(-n // r), -(-k // c)
-    whole = torch.nn.functional.pad(dense.detach(), (0, kb * c - k, 0, nb * r - n))
+    whole = padded(dense.detach(), nb * r, kb * c)
     blocks = whole.reshape(nb, r, kb, c).transpose(1, 2)
     mask = (blocks != 0).any(-1).any(-1)
     crow = torch.zeros(nb + 1, dtype=torch.int32, device=dense.device)

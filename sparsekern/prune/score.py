@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..layout import padded
+
 
 def magnitude(weight: Tensor, p: float = 1.0) -> Tensor:
     """|w|^p for every weight (L1: p=1, L2: p=2); p = inf gives |w|, to be joined by a maximum.
@@ -34,5 +36,5 @@ def blocks(scores: Tensor, block: tuple[int, int], p: float = 1.0) -> Tensor:
     """
     (n, k), (r, c) = scores.shape, block
     nb, kb = -(-n // r), -(-k // c)
-    tiles = torch.nn.functional.pad(scores, (0, kb * c - k, 0, nb * r - n)).reshape(nb, r, kb, c)
+    tiles = padded(scores, nb * r, kb * c).reshape(nb, r, kb, c)
     return tiles.amax((1, 3)) if math.isinf(p) else tiles.sum((1, 3))
