@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from .dispatch import choose
 from .formats import FORMATS
@@ -29,16 +30,20 @@ def _raw(*names: str) -> int:
     return keys.raw_repr()
 
 
-# What a thread's dispatch keys are while no mode, transform, tracer or functionalization is active, and those of an
-# ordinary CPU tensor; each outside and inside of inference mode. A tensor that is fake, batched, lazily negated or of
-# a subclass has others. They are spelt out: what is found at import might be found under a mode.
-_QUIET = frozenset((_raw("BackendSelect", "ADInplaceOrView"), _raw("BackendSelect")))
-_PLAIN = frozenset((_raw("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _raw("CPU", "AutocastCPU")))
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
-_keys_of_thread = torch._C._dispatch_tls_local_include_set
-_keys_of = torch._C._dispatch_keys
-_function_mode = torch._C._is_torch_function_mode_enabled
-_profiled = torch._C._autograd._profiler_enabled
+try:
+    # What a thread's dispatch keys are while no mode, transform, tracer or functionalization is active, and those of
+    # an ordinary CPU tensor; each outside and inside of inference mode. A tensor that is fake, batched, lazily negated
+    # or of a subclass has others. They are spelt out: what is found at import might be found under a mode.
+    _QUIET = frozenset((_raw("BackendSelect", "ADInplaceOrView"), _raw("BackendSelect")))
+    _PLAIN = frozenset((_raw("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _raw("CPU", "AutocastCPU")))
+    _keys_of_thread = torch._C._dispatch_tls_local_include_set
+    _keys_of = torch._C._dispatch_keys
+    _function_mode = torch._C._is_torch_function_mode_enabled
+    _profiled = torch._C._autograd._profiler_enabled
+    _can_tell = True
+except AttributeError:  # a torch that names them otherwise: every call goes through its op
+    _can_tell = False
 
 
 def unwatched(values: Tensor, x: Tensor, other: Tensor | None = None) -> bool:
@@ -48,11 +53,12 @@ def unwatched(values: Tensor, x: Tensor, other: Tensor | None = None) -> bool:
     the CPU. Gradients are not asked about: the ops have none, they lie around them.
     """
     return (
-        not torch.compiler.is_compiling()  # first: what follows is for no trace to see
+        not is_compiling()  # first: what follows is for no trace to see
+        and _can_tell
         and _keys_of_thread().raw_repr() in _QUIET
         and not _function_mode()
         and not _profiled()
-        and not torch.is_autocast_enabled("cpu")
+        and not is_autocast_enabled("cpu")
         and type(x) in _TYPES
         and _keys_of(x).raw_repr() in _PLAIN
         and type(values) in _TYPES
@@ -134,6 +140,11 @@ def sddmm(w: Layout, dy: Tensor, x: Tensor, backend: str | None, direct: bool) -
     if direct:
         return _sddmm(w, dy, x, backend)
     return SDDMM[w.format](*w.parts, dy, x, backend)
+
+
+def apply_of(function: Any, direct: bool) -> Any:
+    """function.apply; directly, what that calls in the end: the 3 us before it look for functorch."""
+    return super(torch.autograd.Function, function).apply if direct else function.apply
 
 
 class SparseMM(torch.autograd.Function):

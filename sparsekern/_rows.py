@@ -114,7 +114,7 @@ def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         x.data_ptr(),
         dtype,
         m,
-        x.stride(0),
+        x.stride()[0],
         y.data_ptr(),
         n,
         0,

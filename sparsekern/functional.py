@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import SparseMM, SparseMMT, mm, mm_t, unwatched
+from ._library import SparseMM, SparseMMT, apply_of, mm, mm_t, unwatched
 from .conv import Geometry, conv2d_layout, padding_of
 from .conv.geometry import order_number, pair
 from .layout import FLOATS, Layout
@@ -66,18 +66,19 @@ def linear_layout(
     direct = unwatched(w.values, x, bias)
     if not direct:
         _check_is_dense(x)
+        _check_devices(w, x, bias)
         x, w, bias = _autocast(x, w, bias)
     _check_linear(w, x, bias, activation)
-    n, k = w.shape
-    tokens = x if x.dim() == 2 else x.reshape(_count(x.shape[:-1]), k)
+    matrix = x.dim() == 2
+    tokens = x if matrix else x.reshape(_count(x.shape[:-1]), w.shape[1])
     if torch.is_grad_enabled() and (
         w.values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y = SparseMM.apply(w.values, tokens, bias, w.scale, w.format, w.dims, backend, direct, *w.index)
+        y = apply_of(SparseMM, direct)(w.values, tokens, bias, w.scale, w.format, w.dims, backend, direct, *w.index)
         y = ACTIVATIONS[activation](y)
     else:
         y = mm(w, tokens, bias, activation, backend, direct)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
+    return y if matrix else y.reshape(*x.shape[:-1], w.shape[0])
 
 
 def conv2d(
@@ -125,6 +126,7 @@ def conv2d_geometry(
     direct = unwatched(w.values, x, bias)
     _check_images(w, x)
     if not direct:
+        _check_devices(w, x, bias)
         x, w, bias = _autocast(x, w, bias)
     _check_conv(w, x, bias, geometry, activation)
     images = x if x.dim() == 4 else x.unsqueeze(0)
@@ -154,12 +156,13 @@ def _times(x: Tensor, w: SparseTensor, backend: str | None) -> Tensor:
     direct = unwatched(packed.values, x)
     if not direct:
         _check_is_dense(x)
+        _check_devices(packed, x, None)
         x, packed, _ = _autocast(x, packed, None)
     n, k = packed.shape
     _check_tokens(packed, x, n, "N")
     tokens = x.reshape(_count(x.shape[:-1]), n)
     if torch.is_grad_enabled() and (packed.values.requires_grad or x.requires_grad):
-        y = SparseMMT.apply(
+        y = apply_of(SparseMMT, direct)(
             packed.values, tokens, packed.scale, packed.format, packed.dims, backend, direct, *packed.index
         )
     else:
@@ -198,6 +201,13 @@ def _check_is_dense(x: Any) -> None:
         raise ValueError(f"x must be a dense (strided) tensor, got {x.layout}: {DENSE_ACTIVATIONS}")
 
 
+def _check_devices(w: Layout, x: Tensor, bias: Tensor | None) -> None:
+    if x.device != w.values.device:
+        raise ValueError(f"x is on {x.device}, the weight on {w.values.device}")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias is on {bias.device}, x on {x.device}")
+
+
 def _check_tokens(w: Layout, x: Tensor, last: int, letter: str) -> None:
     if x.dim() < 1 or x.shape[-1] != last:
         raise ValueError(
@@ -207,11 +217,9 @@ def _check_tokens(w: Layout, x: Tensor, last: int, letter: str) -> None:
 
 
 def _check_types(w: Layout, x: Tensor) -> None:
-    values = w.values
-    if x.device != values.device:
-        raise ValueError(f"x is on {x.device}, the weight on {values.device}")
-    if x.dtype != values.dtype and not (values.dtype == torch.int8 and x.dtype in FLOATS):
-        raise ValueError(f"x is {x.dtype}, the weight {values.dtype}; cast one of them, or use autocast")
+    own = w.values.dtype
+    if x.dtype != own and not (own == torch.int8 and x.dtype in FLOATS):
+        raise ValueError(f"x is {x.dtype}, the weight {own}; cast one of them, or use autocast")
 
 
 def _check_linear(w: Layout, x: Tensor, bias: Tensor | None, activation: str) -> None:
@@ -248,7 +256,5 @@ def _check_epilogue(w: Layout, x: Tensor, bias: Tensor | None, activation: str) 
     if bias is not None:
         if bias.shape != (w.shape[0],):
             raise ValueError(f"bias must have shape [N = {w.shape[0]}], got {tuple(bias.shape)}")
-        if bias.device != x.device:
-            raise ValueError(f"bias is on {bias.device}, x on {x.device}")
         if not bias.is_floating_point():
             raise ValueError(f"bias must be a floating-point tensor, got {bias.dtype}")

@@ -199,7 +199,7 @@ class _Transpose(torch.autograd.Function):
 
 def values_of(w: SparseTensor) -> Tensor:
     """The stored values, joined to w's place in the autograd graph."""
-    return _Values.apply(w) if w.requires_grad and torch.is_grad_enabled() else w.packed.values
+    return _Values.apply(w) if torch.is_grad_enabled() and w.requires_grad else w.packed.values
 
 
 # What torch functions mean on a SparseTensor ------------------------------------------------------------------

@@ -43,7 +43,7 @@ def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tenso
         k,
         x.data_ptr(),
         m,
-        x.stride(0),
+        x.stride()[0],
         y.data_ptr(),
         n,
         0 if bias is None else bias.data_ptr(),

@@ -53,7 +53,7 @@ def mm(layout: Bsr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         x.data_ptr(),
         dtype,
         m,
-        x.stride(0),
+        x.stride()[0],
         y.data_ptr(),
         y_dtype,
         n,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import _define, unwatched
+from .._library import _define, apply_of, unwatched
 from ..dispatch import BACKENDS
 from ..formats import FORMATS
 from ..layout import Layout
@@ -152,6 +152,8 @@ def conv2d_layout(
     if torch.is_grad_enabled() and (
         w.values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y = SparseConv.apply(w.values, x, bias, w.scale, w.format, w.dims, geometry, backend, direct, *w.index)
+        y = apply_of(SparseConv, direct)(
+            w.values, x, bias, w.scale, w.format, w.dims, geometry, backend, direct, *w.index
+        )
         return ACTIVATIONS[activation](y)
     return conv2d(w, x, bias, geometry, activation, backend, direct)

@@ -46,7 +46,7 @@ def mm(layout: Sp24, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         x.data_ptr(),
         x_dtype,
         m,
-        x.stride(0),
+        x.stride()[0],
         y.data_ptr(),
         y_dtype,
         n,
