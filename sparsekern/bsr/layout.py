@@ -60,7 +60,7 @@ class Bsr(Layout):
         host().bsr_unpack(dense.data_ptr(), dtype, k, n, k, r, c, *index, self.values.data_ptr(), threads)
 
     def sample(self, dense: Tensor) -> Tensor:
-        (n, k), (nb, kb), (r, c) = self.shape, self.grid, self.block
+        (nb, kb), (r, c) = self.grid, self.block
         whole = padded(dense, nb * r, kb * c)
         blocks = whole.reshape(nb, r, kb, c).transpose(1, 2)
         return blocks[self.block_rows(), self.col.long()]
