@@ -24,7 +24,7 @@ def padded(matrix: Tensor, n: int, k: int) -> Tensor:
     """[n, k] with the matrix in its upper left corner and zeros elsewhere; the matrix itself where it fits."""
     if matrix.shape == (n, k):
         return matrix
-    whole = matrix.new_zeros(n, k)  # functional.pad refuses some matrices without rows or columns in torch 2.6
+    whole = matrix.new_zeros(n, k)  # functional.pad of torch 2.9 refuses some matrices without rows
     whole[: matrix.shape[0], : matrix.shape[1]] = matrix
     return whole
 
