@@ -128,9 +128,9 @@ void walk_rows(Walk& w, int64_t r0, int64_t r1, const char* panel, char* c) {
         const auto run = [&]<int MR>() {
             for (; r + MR <= r1; r += MR, w.ahead += w.ahead_lines * 64)
                 walk_tile<Op, MR, NV, DepthUnit>(w, j0, j1,
-                                                 r + MR == r1 ? segment
+                                                 r + MR == r1   ? segment
                                                  : r + j0 == r0 ? 1
-                                                              : 0,
+                                                                : 0,
                                                  r, panel, c + (r - r0) * kRow);
         };
         run.template operator()<kRowsMax>();
