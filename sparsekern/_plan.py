@@ -1,8 +1,8 @@
 """Derived data kept beside the tensor it was made from.
 
 Kernels want more than the canonical layout: segment pointers, expanded columns, transposed indices. Such a plan
-depends on one tensor only, is made on first use, and dies with the tensor's storage. It follows the tensor's
-version counter, so a plan is never used after an in-place change.
+depends on one tensor only, is made on first use, and dies with the tensor's storage, as whose attribute it is kept.
+It follows the tensor's version counter, so a plan is never used after an in-place change.
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_ATTRIBUTE = "_sparsekern_plans"
 
 
 def plan(tensor: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
     """`make()`, remembered for this tensor's storage, view and version under `key`."""
-    if torch.is_inference(tensor):  # no version counter: its owner promised not to change it
-        version = -1
-    else:
-        version = tensor._version
+    # Without a version counter its owner promised not to change it.
+    version = -1 if tensor.is_inference() else tensor._version
     storage = tensor.untyped_storage()
-    known = _plans.get(storage)
+    known: dict[Any, Any] | None = getattr(storage, _ATTRIBUTE, None)
     if known is None:
-        known = _plans[storage] = {}
+        known = {}
+        setattr(storage, _ATTRIBUTE, known)
     place = (key, tensor.storage_offset(), tensor.shape)
     found = known.get(place)
     if found is not None and found[0] == version:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cases import FOUR, Case, param
 from torch import nn
 
 import sparsekern as sk
-from sparsekern import _plan, testing
+from sparsekern import testing
 from sparsekern._plan import plan
 from sparsekern.testing import assert_close, random_dense
 
@@ -190,11 +191,11 @@ def test_plan_follows_the_version() -> None:
 
 
 def test_plan_dies_with_its_tensor() -> None:
-    gc.collect()
-    before = len(_plan._plans)
     t = torch.zeros(8)
-    plan(t, "a", lambda: [1])
-    assert len(_plan._plans) == before + 1
+    derived = weakref.ref(plan(t, "a", lambda: torch.ones(3)))
+    gc.collect()
+    assert derived() is plan(t, "a", lambda: None)
+    assert "_sparsekern_plans" not in copy.deepcopy(t).untyped_storage().__dict__, "a copy makes its own"
     del t
     gc.collect()
-    assert len(_plan._plans) == before
+    assert derived() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -17,7 +18,7 @@ from ..csr import Csr
 from ..formats import backend_module
 from ..layout import Layout
 from ..sp24 import Sp24
-from .geometry import Geometry, channels_last, memory_format
+from .geometry import Geometry, channels_last
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,7 +28,7 @@ def why_not(op: str, layout: Layout, x: Tensor) -> str | None:
     reason = _ext.why_not_host()
     if reason is not None:
         return reason
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the compiled CPU kernels take CPU tensors, x is on {x.device}"
     if x.dtype not in _TYPES:
         return f"{str(x.dtype).removeprefix('torch.')} is not supported by the host kernels"
@@ -60,21 +61,22 @@ class Tiled:
     blocks: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def arguments(self, values: Tensor) -> tuple[int, ...]:
+        return (values.data_ptr(), DTYPES[values.dtype], values.numel(), *self._index)
+
+    @cached_property
+    def _index(self) -> tuple[int, ...]:
         s = self.stream
         gather = 0 if s.gather is None else s.gather.data_ptr()
         segment = 0 if self.segment is None else self.segment.data_ptr()
         blocks: tuple[int, ...] = (0, 0, 0, 0, 0)
         if self.blocks is not None:
             blocks = (*(t.data_ptr() for t in self.blocks), self.blocks[3].dtype == torch.uint8)
-        return (
-            values.data_ptr(), DTYPES[values.dtype], values.numel(), gather, s.col.data_ptr(), segment,
-            *blocks, self.rows, s.columns, self.stored, self.tile,
-        )  # fmt: skip
+        return (gather, s.col.data_ptr(), segment, *blocks, self.rows, s.columns, self.stored, self.tile)
 
 
 def _topology(layout: Layout) -> Tensor:
     """The tensor whose life and version the derived data follow."""
-    return layout.bits if isinstance(layout, Bitmap) else layout.index[-1]
+    return getattr(layout, "bits" if isinstance(layout, Bitmap) else layout.index_fields[-1])
 
 
 def stream_of(layout: Layout) -> Stream:
@@ -207,7 +209,9 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, memory_format=memory_format(like))
+    if channels_last(like):
+        return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+    return like.new_empty(shape)
 
 
 def _product(op: str, layout: Layout, x: Tensor, g: Geometry) -> ModuleType | None:

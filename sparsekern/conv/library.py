@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -36,14 +37,24 @@ def choose(op: str, layout: Layout, x: Tensor, backend: str | None) -> ModuleTyp
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} cannot run {layout.format}_{op}: {reason}")
         return _MODULES[backend]
-    for name in _BACKENDS.get(x.device.type, ()):
-        if _MODULES[name].why_not(op, layout, x) is None:
-            return _MODULES[name]
+    for module in _modules(x.device):
+        if module.why_not(op, layout, x) is None:
+            return module
     return ref
 
 
+@cache
+def _modules(device: torch.device) -> tuple[ModuleType, ...]:
+    return tuple(_MODULES[name] for name in _BACKENDS.get(device.type, ()))
+
+
+def _geometry(geometry):
+    """What an op got as integers."""
+    return geometry if isinstance(geometry, Geometry) else Geometry(*geometry)
+
+
 def _conv2d(layout, x, bias, geometry, activation, backend):
-    return choose("conv2d", layout, x, backend).conv2d(layout, x, bias, Geometry(*geometry), activation)
+    return choose("conv2d", layout, x, backend).conv2d(layout, x, bias, _geometry(geometry), activation)
 
 
 def _conv2d_fake(values, index, scale, dims, x, bias, geometry, activation, backend):
@@ -69,7 +80,7 @@ def conv2d(
 
 
 def _conv2d_input(layout, dy, geometry, height, width, backend):
-    return choose("conv2d_input", layout, dy, backend).conv2d_input(layout, dy, Geometry(*geometry), height, width)
+    return choose("conv2d_input", layout, dy, backend).conv2d_input(layout, dy, _geometry(geometry), height, width)
 
 
 def _conv2d_input_fake(values, index, scale, dims, dy, geometry, height, width, backend):
@@ -96,7 +107,7 @@ def conv2d_input(
 
 
 def _conv2d_weight(layout, dy, x, geometry, backend):
-    return choose("conv2d_weight", layout, x, backend).conv2d_weight(layout, dy, x, Geometry(*geometry))
+    return choose("conv2d_weight", layout, x, backend).conv2d_weight(layout, dy, x, _geometry(geometry))
 
 
 def _conv2d_weight_fake(values, index, scale, dims, dy, x, geometry, backend):
