@@ -349,8 +349,9 @@ def timing(seconds: Sequence[float]) -> Timing:
     """The Timing of single-call times."""
     if len(seconds) == 1:
         return Timing(seconds[0], seconds[0], seconds[0], 1)
-    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-    return Timing(statistics.median(seconds), fifths[0], fifths[3], len(seconds))
+    fifths, median = statistics.quantiles(seconds, n=5, method="inclusive"), statistics.median(seconds)
+    # Interpolation between equal times rounds, and may end on the wrong side of the median.
+    return Timing(median, min(fifths[0], median), max(fifths[3], median), len(seconds))
 
 
 def measure(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsekern import testing
-from sparsekern.testing import assert_close, guarded, guarded_layout, measure, poisoned, relative_error
+from sparsekern.testing import assert_close, guarded, guarded_layout, measure, poisoned, relative_error, timing
 
 NAN, INF = float("nan"), float("inf")
 
@@ -152,3 +152,9 @@ def test_single_thread() -> None:
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
+
+
+def test_percentiles_enclose_the_median_of_equal_times() -> None:
+    for i in range(1, 2000):
+        t = timing([i * 1e-7 / 3] * 4)
+        assert t.p20 <= t.median <= t.p80
