@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -89,6 +90,7 @@ def ninja_file(cxx: list[str], out: Path, objects: Path) -> str:
     """The whole build as a ninja file: a rule to compile, a rule to link, one edge per source and set."""
     import pybind11
 
+    sources = runpy.run_path(str(ROOT / "sparsekern" / "_sources.py"))["digest"]()
     isas = wanted_isas(cxx)
     built = sum(1 << i for i, name in enumerate(ISA_FLAGS) if name in isas)
     sanitize = os.environ.get("SPARSEKERN_SANITIZE", "")
@@ -126,7 +128,7 @@ def ninja_file(cxx: list[str], out: Path, objects: Path) -> str:
     # Plain sources first: where a library template is emitted by several objects the linker keeps the first, and
     # that one must run on every processor.
     for source in sorted((ROOT / "csrc").glob("*.cpp")) + sorted((ROOT / "csrc" / "core").glob("*.cpp")):
-        edge(source, source.stem)
+        edge(source, source.stem, f"-DSK_SOURCES={sources}ull" if source.stem == "sources" else "")
     for fmt in FORMATS:
         for source in sorted((ROOT / "csrc" / fmt).glob("bind*.cpp")):
             edge(source, f"{fmt}_{source.stem}")

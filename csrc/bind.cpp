@@ -1,11 +1,16 @@
 // The Python module sparsekern._host: one m.def per entry, pointers and sizes as integers. No torch header.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 
 #include "core/isa.h"
 
 namespace py = pybind11;
+
+namespace sk {
+extern const uint64_t kSources;
+}
 
 void bind_csr(py::module_& m);
 void bind_conv(py::module_& m);
@@ -15,6 +20,7 @@ void bind_bitmap(py::module_& m);
 
 PYBIND11_MODULE(_host, m) {
     m.doc() = "sparsekern host kernels";
+    m.attr("sources") = sk::kSources;
     m.def("active_isa", [] { return sk::kIsaNames[static_cast<int>(sk::active_isa())]; });
     m.def("built_isas", [] {
         py::list names;

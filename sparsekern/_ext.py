@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from functools import cache
 from types import ModuleType
 
 import torch
+
+from ._sources import digest
 
 # csrc/core/types.h has the same numbers.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -21,20 +24,33 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         return None, str(error)
 
 
-def host() -> ModuleType:
-    """The compiled CPU module. Call only where `why_not_host()` is None."""
+@cache
+def _load_host() -> tuple[ModuleType | None, str | None]:
+    """The compiled CPU module, or why there is none that this Python code can use."""
     module, reason = _load("_host")
     if module is None:
-        raise RuntimeError(f"sparsekern._host cannot be loaded: {reason}")
+        return None, f"the compiled CPU module is missing (reinstall with a C++ compiler): {reason}"
+    there, built = digest(), getattr(module, "sources", None)
+    if built is not None and there in (None, built):
+        return module, None
+    # An old module has other entries, or reads other plans: wrong numbers would be the mild case.
+    how = "pip install --force-reinstall sparsekern" if there is None else "python setup.py build_ext --inplace"
+    reason = f"the compiled CPU module is out of date; rebuild it with: {how}"
+    warnings.warn(f"sparsekern: {reason} (until then every op runs on plain torch, slowly)", stacklevel=2)
+    return None, reason
+
+
+def host() -> ModuleType:
+    """The compiled CPU module. Call only where `why_not_host()` is None."""
+    module, reason = _load_host()
+    if module is None:
+        raise RuntimeError(f"sparsekern._host cannot be used: {reason}")
     return module
 
 
 def why_not_host() -> str | None:
     """Why the compiled CPU kernels are not available, or None where they are."""
-    module, reason = _load("_host")
-    if module is not None:
-        return None
-    return f"the compiled CPU module is missing (reinstall with a C++ compiler): {reason}"
+    return _load_host()[1]
 
 
 def host_packs(dense: torch.Tensor) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from cases import FLOATS, FOUR, Case, param
 from conftest import host_isas
 
-from sparsekern import _ext, dispatch
+from sparsekern import _ext, _sources, dispatch
 from sparsekern.testing import random_dense
 
 ROOT = Path(__file__).parent.parent
@@ -86,3 +88,85 @@ def test_explain(format: str) -> None:
     assert reasons["ref"] is None
     assert reasons["host"] is None
     assert all(reasons[name] for name in ("cuda", "triton", "vendor"))
+
+
+# A compiled module that does not belong to the Python code beside it ---------------------------------------------
+
+RUN = """
+import sys, torch, sparsekern as sk
+from sparsekern import _ext
+assert _ext.__file__.startswith({place!r})
+w, x = sk.to_csr(torch.eye(4)), torch.ones(2, 4)
+assert torch.equal(sk.linear(x, w), x)
+try:
+    sk.linear(x, w, backend="host")
+except NotImplementedError as error:
+    print(error)
+"""
+STALE = "the compiled CPU module is out of date; rebuild it with: "
+
+
+def python(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(place), "PYTHONWARNINGS": "default"}
+    return subprocess.run([sys.executable, *arguments], env=env, cwd=place, capture_output=True, text=True)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the package, its compiled module and its sources."""
+    for folder in ("sparsekern", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_the_compiled_module_knows_its_sources() -> None:
+    assert _ext.host().sources == _sources.digest()
+
+
+@pytest.mark.parametrize("sources", ["as built", "an installed wheel"])
+def test_a_module_that_fits(checkout: Path, sources: str) -> None:
+    if sources != "as built":
+        shutil.rmtree(checkout / "csrc")
+    done = python(checkout, "-W", "error::UserWarning", "-c", RUN.format(place=str(checkout)))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_an_outdated_module_is_named_with_its_cure(checkout: Path) -> None:
+    """Sources that changed after the build: one warning, plain torch, the reason wherever one is asked for."""
+    with (checkout / "csrc" / "core" / "types.h").open("a") as file:
+        file.write("// newer\n")
+    cure = "python setup.py build_ext --inplace"
+    done = python(checkout, "-c", RUN.format(place=str(checkout)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"backend 'host' cannot run csr_mm: {STALE}{cure}"
+    assert done.stderr.count(STALE + cure) == 1
+    shown = python(checkout, "-W", "ignore", "-m", "sparsekern", "info", "--json")
+    assert json.loads(shown.stdout)["machine"]["compiled_kernels"] == STALE + cure
+
+
+@pytest.mark.parametrize(
+    ("sources", "cure"),
+    [(True, "python setup.py build_ext --inplace"), (False, "pip install --force-reinstall sparsekern")],
+)
+def test_a_module_from_before_the_digest(checkout: Path, sources: bool, cure: str) -> None:
+    (module,) = (checkout / "sparsekern").glob("_host*.so")
+    module.unlink()
+    (checkout / "sparsekern" / "_host.py").write_text("def active_isa():\n    return 'avx2'\n")
+    if not sources:
+        shutil.rmtree(checkout / "csrc")
+    done = python(checkout, "-c", RUN.format(place=str(checkout)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(STALE + cure)
+
+
+def test_the_digest_sees_names_and_texts(tmp_path: Path) -> None:
+    assert _sources.digest(tmp_path) is None
+    (tmp_path / "sources.cpp").write_text("int a;")
+    seen = [_sources.digest(tmp_path)]
+    for name, text in (("sources.cpp", "int b;"), ("x.h", ""), ("core/x.h", "y")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        seen.append(_sources.digest(tmp_path))
+    assert len(set(seen)) == len(seen)
+    (tmp_path / "notes.md").write_text("not a source")
+    assert _sources.digest(tmp_path) == seen[-1]
