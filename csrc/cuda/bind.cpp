@@ -1,0 +1,26 @@
+// The Python module sparsekern._cuda; the tests build the same sources as an emulator (SK_EMULATOR).
+#include <pybind11/pybind11.h>
+
+#ifdef SK_EMULATOR
+#include "engine.h"
+#endif
+
+namespace py = pybind11;
+
+void bind_sp24_cuda(py::module_& m);
+
+#ifdef SK_EMULATOR
+PYBIND11_MODULE(_emulator, m) {
+    m.doc() = "sparsekern's CUDA kernels, emulated";
+    m.def("set_schedule", [](const std::string& order, uint64_t seed) {
+        const auto o = order == "ascending"    ? emu::Order::ascending
+                       : order == "descending" ? emu::Order::descending
+                                               : emu::Order::random;
+        emu::set_schedule({o, seed});
+    });
+#else
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() = "sparsekern CUDA kernels";
+#endif
+    bind_sp24_cuda(m);
+}

@@ -1,0 +1,49 @@
+// sp24's entries of sparsekern._cuda.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../sp24/kernels.cuh"
+
+namespace py = pybind11;
+using namespace sk::sp24;
+
+void bind_sp24_cuda(py::module_& m) {
+    m.def("sp24_kernels", [](int type) {
+        py::list all;
+        for (const KernelInfo& k : kernels(type)) {
+            all.append(py::make_tuple(k.family, k.rows, k.tokens, k.cluster, k.threads, k.shared_bytes, k.partial_words,
+                                      k.counters));
+        }
+        return all;
+    });
+    m.def("sp24_mm", [](int kernel, int type, uint64_t fragments, int n, int k, uint64_t x, int m, int64_t x_stride,
+                        uint64_t y, int64_t y_stride, int out_type, uint64_t w_scale, uint64_t x_scale, uint64_t bias,
+                        int bias_type, int activation, float alpha, uint64_t residual, int64_t residual_stride,
+                        float beta, int workers, int streamed, uint64_t partials, uint64_t counters, uint64_t stream) {
+        mm({.kernel = kernel,
+            .type = type,
+            .out_type = out_type,
+            .bias_type = bias_type,
+            .activation = activation,
+            .fragments = fragments,
+            .x = x,
+            .y = y,
+            .w_scale = w_scale,
+            .x_scale = x_scale,
+            .bias = bias,
+            .residual = residual,
+            .partials = partials,
+            .counters = counters,
+            .x_stride = x_stride,
+            .y_stride = y_stride,
+            .residual_stride = residual_stride,
+            .m = m,
+            .n = n,
+            .k = k,
+            .alpha = alpha,
+            .beta = beta,
+            .workers = workers,
+            .streamed = streamed,
+            .stream = stream});
+    });
+}

@@ -1,0 +1,132 @@
+// Element types in registers: pairs of 16-bit floats, quadruples of bytes, and their way from and to float.
+#pragma once
+#include "simt.h"
+
+namespace sk::device {
+
+// The numbers of sparsekern/_ext.py.
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, e4m3 = 4, i32 = 5 };
+enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+
+SK_DEVICE constexpr int bytes_of(Type t) {
+    return t == Type::f32 || t == Type::i32 ? 4 : t == Type::bf16 || t == Type::f16 ? 2 : 1;
+}
+SK_DEVICE constexpr bool is_wide(Type t) { return bytes_of(t) == 2; }  // 16-bit operands of the tensor cores
+
+// What a product of two operands of this type is summed in.
+template <Type T>
+struct AccumulatorOf {
+    using type = float;
+};
+template <>
+struct AccumulatorOf<Type::i8> {
+    using type = int32_t;
+};
+template <Type T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+struct alignas(16) Vec4 {
+    uint32_t x, y, z, w;
+};
+
+template <class To, class From>
+SK_DEVICE To bits_as(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    To out;
+    memcpy(&out, &value, sizeof(To));
+    return out;
+}
+
+SK_DEVICE float bf16_to_float(uint16_t bits) { return bits_as<float>(uint32_t{bits} << 16); }
+
+#if !SK_GPU
+inline uint16_t float_to_bf16(float value) {
+    const uint32_t bits = bits_as<uint32_t>(value);
+    if (value != value) return 0x7FFF;
+    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+inline uint16_t float_to_f16(float value) { return bits_as<uint16_t>(static_cast<_Float16>(value)); }
+inline float e4m3_to_float(uint8_t bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    if (exponent == 15 && mantissa == 7) return __builtin_nanf("");
+    const float size =
+        exponent ? __builtin_ldexpf(1.0f + mantissa / 8.0f, exponent - 7) : __builtin_ldexpf(mantissa / 8.0f, -6);
+    return bits & 0x80 ? -size : size;
+}
+#endif
+
+SK_DEVICE float f16_to_float(uint16_t bits) {
+#if SK_GPU
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
+    return out;
+#else
+    return static_cast<float>(bits_as<_Float16>(bits));
+#endif
+}
+
+// Two floats as a pair of 16-bit floats, `low` in the low half.
+template <Type T>
+SK_DEVICE uint32_t pack_pair(float low, float high) {
+    static_assert(T == Type::bf16 || T == Type::f16);
+#if SK_GPU
+    uint32_t out;
+    if constexpr (T == Type::bf16) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    }
+    return out;
+#else
+    if constexpr (T == Type::bf16) return float_to_bf16(low) | uint32_t{float_to_bf16(high)} << 16;
+    return float_to_f16(low) | uint32_t{float_to_f16(high)} << 16;
+#endif
+}
+
+// Element i of memory that holds any of the floating types.
+SK_DEVICE float load_float(const void* data, Type type, int64_t i) {
+    if (type == Type::f32) return static_cast<const float*>(data)[i];
+    const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+    return type == Type::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
+}
+
+SK_DEVICE float fast_exp(float x) {
+#if SK_GPU
+    return __expf(x);
+#else
+    return __builtin_expf(x);
+#endif
+}
+
+SK_DEVICE float reciprocal(float x) {
+#if SK_GPU
+    return __frcp_rn(x);
+#else
+    return 1.0f / x;
+#endif
+}
+
+// 1 - erf(x) for x >= 0, within 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+SK_DEVICE float error_complement(float x) {
+    const float t = reciprocal(1.0f + 0.3275911f * x);
+    const float p =
+        ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    return p * fast_exp(-x * x);
+}
+
+template <Activation A>
+SK_DEVICE float activate(float x) {
+    if constexpr (A == Activation::relu) return x < 0.0f ? 0.0f : x;  // NaN stays
+    if constexpr (A == Activation::gelu) {
+        const float q = 0.5f * error_complement((x < 0.0f ? -x : x) * 0.70710678f);
+        return x * (x < 0.0f ? q : 1.0f - q);
+    }
+    // 0.5 (1 + tanh(u)) is 1 / (1 + exp(-2u)).
+    if constexpr (A == Activation::gelu_tanh) {
+        return x * reciprocal(1.0f + fast_exp(-1.5957691f * (x + 0.044715f * x * x * x)));
+    }
+    if constexpr (A == Activation::silu) return x * reciprocal(1.0f + fast_exp(-x));
+    return x;
+}
+
+}  // namespace sk::device

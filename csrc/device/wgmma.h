@@ -1,0 +1,171 @@
+// A warpgroup's sparse matrix product from registers and shared memory: wgmma.mma_async.sp (sm_90a).
+//
+// D[64, N] += A[64, 64 / bytes] B: A is 2:4 sparse, in registers, warp w of the group holds rows 16 w .. 16 w + 15 as
+// mma.sp has them; B [N, 64 / bytes], K-major, lies in shared memory as 128-byte rows with the 128-byte swizzle.
+// D: registers 4 j + 0, 1 are row 16 w + g, columns 8 j + 2t, + 1; registers 4 j + 2, 3 the same of row + 8.
+// Asynchronous: D, A and the metadata may not be touched, nor B be overwritten, until wait_products.
+#pragma once
+#include "copy.h"
+#if !SK_GPU
+#include "twin.h"
+#endif
+
+namespace sk::device {
+
+// Orders the threads' register accesses before the products that follow.
+SK_DEVICE void fence_products() {
+#if SK_GPU
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+SK_DEVICE void commit_products() {
+#if SK_GPU
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+    emu::meet_warpgroup("wgmma.commit_group", nullptr, [](void**, void*) { emu::commit_products(); });
+#endif
+}
+
+template <int kPending>
+SK_DEVICE void wait_products() {
+#if SK_GPU
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#else
+    emu::meet_warpgroup("wgmma.wait_group", nullptr, [](void**, void*) { emu::wait_products(kPending); });
+#endif
+}
+
+// The descriptor of a K-major operand with the 128-byte swizzle whose eight-row atoms follow each other.
+SK_DEVICE uint64_t product_descriptor(uint32_t shared) {
+    constexpr uint64_t kStride = 1024 >> 4, kSwizzle128 = uint64_t{1} << 62;
+    return kSwizzle128 | kStride << 32 | uint64_t{1} << 16 | (shared & 0x3FFFF) >> 4;
+}
+
+#if SK_GPU
+#define SK_OUT4(C, i) C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3])
+#define SK_OUT16(C, i) SK_OUT4(C, i), SK_OUT4(C, i + 4), SK_OUT4(C, i + 8), SK_OUT4(C, i + 12)
+#define SK_OUT64(C, i) SK_OUT16(C, i), SK_OUT16(C, i + 16), SK_OUT16(C, i + 32), SK_OUT16(C, i + 48)
+#define SK_OUT8(C, i) SK_OUT4(C, i), SK_OUT4(C, i + 4)
+#define SK_OUT32(C, i) SK_OUT16(C, i), SK_OUT16(C, i + 16)
+#define SK_OUT128(C, i) SK_OUT64(C, i), SK_OUT64(C, i + 64)
+#define SK_FLOAT(x) "+f"(x)
+#define SK_INT(x) "+r"(x)
+#define SK_REGISTERS8 "%0, %1, %2, %3"
+#define SK_REGISTERS16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define SK_REGISTERS32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SK_REGISTERS64                                                                                \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SK_REGISTERS128                                                                               \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
+    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
+    "%59, %60, %61, %62, %63"
+#define SK_REGISTERS256                                                                               \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
+    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
+    "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, " \
+    "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, " \
+    "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "   \
+    "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+template <Type T, int N, int kSelector>
+struct SparseProduct;
+
+// The types, the tail after the operands (scales of A and B, and B's orientation where 16-bit operands have one).
+#define SK_PRODUCT(T, N, R, C, SHAPE, TYPES, TAIL, A0, A1, A2, A3, DESC, META, SEL, KEEP)                    \
+    template <int kSelector>                                                                                 \
+    struct SparseProduct<T, N, kSelector> {                                                                  \
+        SK_DEVICE static void run(Accumulator<T> (&d)[R], const uint32_t (&a)[4], uint64_t b, uint32_t meta, \
+                                  int accumulate) {                                                          \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " KEEP                                            \
+                         ", 0;\n"                                                                            \
+                         "wgmma.mma_async.sp.sync.aligned." SHAPE "." TYPES " {" SK_REGISTERS##N             \
+                         "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " DESC ", " META ", " SEL ", p" TAIL ";\n}"   \
+                         : SK_OUT##R(C, 0)                                                                   \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(meta), "n"(kSelector),    \
+                           "r"(accumulate));                                                                 \
+        }                                                                                                    \
+    }
+#define SK_PRODUCTS(N, R, ...)                                                                          \
+    SK_PRODUCT(Type::bf16, N, R, SK_FLOAT, "m64n" #N "k32", "f32.bf16.bf16", ", 1, 1, 0", __VA_ARGS__); \
+    SK_PRODUCT(Type::f16, N, R, SK_FLOAT, "m64n" #N "k32", "f32.f16.f16", ", 1, 1, 0", __VA_ARGS__);    \
+    SK_PRODUCT(Type::e4m3, N, R, SK_FLOAT, "m64n" #N "k64", "f32.e4m3.e4m3", ", 1, 1", __VA_ARGS__);    \
+    SK_PRODUCT(Type::i8, N, R, SK_INT, "m64n" #N "k64", "s32.s8.s8", "", __VA_ARGS__)
+SK_PRODUCTS(8, 4, "%4", "%5", "%6", "%7", "%8", "%9", "%10", "%11");
+SK_PRODUCTS(16, 8, "%8", "%9", "%10", "%11", "%12", "%13", "%14", "%15");
+SK_PRODUCTS(32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22", "%23");
+SK_PRODUCTS(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%39");
+SK_PRODUCTS(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", "%71");
+SK_PRODUCTS(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134", "%135");
+#undef SK_PRODUCTS
+#undef SK_PRODUCT
+#endif
+
+// Adds a product to the open group; d is overwritten where `accumulate` is 0. All 128 threads, after fence_products.
+template <Type T, int N, int kSelector>
+SK_DEVICE void product_sp(Accumulator<T> (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, const uint32_t& meta,
+                          int accumulate) {
+    static_assert(is_wide(T) ? kSelector == 0 || kSelector == 1 : kSelector == 0);
+#if SK_GPU
+    SparseProduct<T, N, kSelector>::run(d, a, b, meta, accumulate);
+#else
+    struct Slot {
+        Accumulator<T>* d;
+        const uint32_t *a, *meta;
+        uint64_t b;
+        int accumulate;
+    } slot{d, a, &meta, b, accumulate};
+    emu::meet_warpgroup("wgmma.mma_async.sp", &slot, [](void** slots, void*) {
+        std::vector<Slot> all(128);
+        for (int i = 0; i < 128; ++i) all[i] = *static_cast<Slot*>(slots[i]);
+        const uint64_t b = all[0].b;
+        for (const Slot& s : all) {
+            if (s.b != b || s.accumulate != all[0].accumulate) emu::fail("wgmma: threads disagree about B");
+        }
+        if (b >> 62 != 1 || (b >> 32 & 0x3FFF) != 64) emu::fail("wgmma: B is not in the 128-byte swizzle's atoms");
+        const uint32_t start = (b & 0x3FFF) << 4;
+        const char* base = emu::shared_pointer(emu::map_to_rank(start, emu::cluster_rank())) - start;
+        // Until the wait nobody may look at D: whoever does finds poison. The first product in flight puts it there,
+        // and takes it away again when it is performed.
+        constexpr int kRegisters = N / 2;
+        std::vector<Accumulator<T> > before;
+        if (twin::in_flight()[all[0].d]++ == 0) {
+            for (const Slot& s : all) {
+                before.insert(before.end(), s.d, s.d + kRegisters);
+                for (int j = 0; j < kRegisters; ++j) s.d[j] = twin::poison<Accumulator<T> >();
+            }
+        }
+        emu::product_later([all, base, start, before] {
+            twin::in_flight()[all[0].d]--;
+            for (size_t i = 0; i < before.size(); ++i) all[i / kRegisters].d[i % kRegisters] = before[i];
+            for (int w = 0; w < 4; ++w) {
+                const auto of = [&](int lane) -> const Slot& { return all[32 * w + lane]; };
+                if (!of(0).accumulate) {
+                    for (int lane = 0; lane < 32; ++lane) {
+                        for (int j = 0; j < N / 2; ++j) of(lane).d[j] = 0;
+                    }
+                }
+                const auto dense = twin::expand_a<T>([&](int lane, int i) { return of(lane).a[i]; },
+                                                     [&](int lane) { return *of(lane).meta; }, kSelector);
+                twin::multiply<T>(
+                    dense, twin::kSparseK<T>, N,
+                    [&](int k, int n) {
+                        const uint32_t linear = start + n / 8 * 1024 + n % 8 * 128 + k * bytes_of(T);
+                        const char* at = base + (linear ^ (linear >> 7 & 7) << 4);
+                        uint32_t bits = 0;
+                        memcpy(&bits, at, bytes_of(T));
+                        return twin::element<T>(bits);
+                    },
+                    [&](int r, int c) -> Accumulator<T>& {
+                        return of(r % 8 * 4 + c % 8 / 2).d[4 * (c / 8) + 2 * (r / 8) + c % 2];
+                    });
+            }
+        });
+    });
+#endif
+}
+
+}  // namespace sk::device

@@ -1,0 +1,48 @@
+// The entries of sp24 on NVIDIA GPUs, and the list of its kernels. No CUDA header: bindings and tests include it.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace sk::sp24 {
+
+// Each kernel with its tile: MmSm90<rows / 128, tokens, stages, cluster>, MmSm80<rows / 64, tokens, warp's tokens,
+// stages>, Decode<tokens, warps, stages>. A kernel's number is its place among all of them, in this order.
+#define SK_SP24_MM_SM90(X) X(2, 128, 10, 2) X(2, 128, 10, 1) X(1, 256, 5, 2) X(1, 128, 12, 1) X(2, 64, 14, 1)
+#define SK_SP24_MM_SM80(X) X(2, 128, 32, 3) X(2, 64, 32, 3)
+#define SK_SP24_DECODE(X) X(8, 8, 4) X(16, 8, 3) X(32, 8, 2) X(64, 4, 3) X(8, 4, 3) X(16, 4, 2)
+
+struct KernelInfo {
+    std::string family;  // "mm_sm90", "mm_sm80", "decode"
+    int rows, tokens, cluster, threads, shared_bytes;
+    int partial_words;  // 32-bit words of `partials` for every worker
+    int counters;       // for every tile
+};
+
+// All kernels for operands of this type (sparsekern/_ext.py's number).
+std::vector<KernelInfo> kernels(int type);
+
+struct MmCall {
+    int kernel;
+    int type, out_type, bias_type, activation;
+    uint64_t fragments, x, y, w_scale, x_scale, bias, residual, partials, counters;
+    int64_t x_stride, y_stride, residual_stride;
+    int m, n, k;
+    float alpha, beta;
+    int workers;   // thread blocks, or clusters of them
+    int streamed;  // tiles that are cut along K (mm.cuh)
+    uint64_t stream;
+};
+
+// Y[M, N] = epilogue(X[M, K] W[N, K]^T); throws std::runtime_error where the launch fails.
+void mm(const MmCall& call);
+
+// Each family lists its kernels and runs one of them.
+void list_mm_sm90(int type, std::vector<KernelInfo>& to);
+void list_mm_sm80(int type, std::vector<KernelInfo>& to);
+void list_decode(int type, std::vector<KernelInfo>& to);
+void run_mm_sm90(int index, const MmCall& call);
+void run_mm_sm80(int index, const MmCall& call);
+void run_decode(int index, const MmCall& call);
+
+}  // namespace sk::sp24

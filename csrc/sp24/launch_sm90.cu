@@ -1,0 +1,37 @@
+// The sm_90a kernels of sp24: compiled for that architecture alone.
+#include "launch.cuh"
+#include "mm_sm90.cuh"
+
+namespace sk::sp24 {
+namespace {
+#define SK_ENTRY(M, TOKENS, STAGES, CLUSTER) , MmSm90<T, M, TOKENS, STAGES, CLUSTER>
+template <Type T>
+using Kernels = decltype(rest_of(std::declval<std::tuple<void* SK_SP24_MM_SM90(SK_ENTRY)>>()));
+}  // namespace
+
+void list_mm_sm90(int type, std::vector<KernelInfo>& to) {
+    with_type(type, [&]<Type T>() {
+        [&]<class... C>(std::tuple<C...>*) {
+            (to.push_back({"mm_sm90", C::kCluster * C::kRows, C::kTokens, C::kCluster, C::kThreads, C::kSharedBytes,
+                           2 * C::kCluster * C::kRows * C::kTokens, C::kCluster * C::kWarpgroups}),
+             ...);
+        }(static_cast<Kernels<T>*>(nullptr));
+    });
+}
+
+void run_mm_sm90(int index, const MmCall& call) {
+    with_type(call.type, [&]<Type T>() {
+        with_config<Kernels<T>>(index, [&]<class C>() {
+            const Mm p = mm_parameters<T>(call);
+            if ((call.x | static_cast<uint64_t>(call.x_stride) * device::bytes_of(T)) % 16) {
+                throw std::runtime_error("sp24_mm_sm90: every row of x must begin at a multiple of 16 bytes");
+            }
+            const auto map = device::tensor_map(p.x, T, p.k, p.m, p.x_stride, C::kTokens / C::kCluster);
+            const device::Shape shape{static_cast<unsigned>(call.workers * C::kCluster), C::kCluster, C::kThreads,
+                                      C::kSharedBytes};
+            device::launch("sp24_mm_sm90", sp24_mm_sm90<C>, shape, call.stream, map, p);
+        });
+    });
+}
+
+}  // namespace sk::sp24

@@ -1,0 +1,237 @@
+// sp24_mm on Hopper: wgmma.mma_async.sp with the compressed weight as A from registers.
+//
+// A tile is kRows = kWarpgroups * kM * 64 out-features by kTokens tokens. One producer warp brings the tokens' slice of
+// K by TMA into a ring of stages, shared by a cluster's blocks (they have neighbouring rows and the same tokens)
+// through multicast. The consumers take their fragments straight from global memory into registers, kAhead blocks of K
+// ahead (fragment order: whole 16-byte loads), so shared memory serves B alone, whose reads bound a sparse wgmma. One
+// group of products is always in flight: a stage and a register set are free again when the next group is waited for.
+// The consumers do not wait for each other: with a deep ring one runs ahead, and its epilogue hides behind the other's
+// products. Blocks are persistent; tiles run in groups of tokens so that a wave stays in the second-level cache.
+//
+// Per block of K (128 bytes) and SM, 256 x 128 tiles: 4 wgmma steps of 64 x 128 x 32 take 512 cycles; they read 64 KB
+// of B from shared memory (128 B a cycle, the port's all), the TMA writes 16 KB (32 B a cycle), fragments are 18 KB (36
+// B a cycle) from the second level.
+#pragma once
+#include "../device/mma.h"
+#include "../device/wgmma.h"
+#include "mm.cuh"
+
+namespace sk::sp24 {
+
+template <Type T_, int kM_, int kTokens_, int kStages_, int kCluster_>
+struct MmSm90 {
+    static constexpr Type T = T_;
+    static constexpr int kM = kM_, kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
+    static constexpr int kWarpgroups = 2, kThreads = 128 * (1 + kWarpgroups), kAhead = 2, kSets = kAhead + 1;
+    static constexpr int kRows = kWarpgroups * kM * kBlockRows;
+    static constexpr int kStageBytes = kTokens * 128;
+    static constexpr int kStagingBytes = kTokens * 128;  // 64 rows of 16-bit outputs, for each warpgroup
+    static constexpr int kSharedBytes = kStages * kStageBytes + kWarpgroups * kStagingBytes + 256;
+    static_assert(kTokens / kCluster % 8 == 0, "a block's share of a box is whole swizzle atoms");
+    static_assert(kStages * 16 + kWarpgroups * 4 <= 256 && kSharedBytes <= 227 * 1024);
+};
+
+template <class C>
+struct MmSm90Shared {
+    uint32_t stages, full, empty;  // addresses
+    char* staging;
+    uint32_t* flags;
+
+    SK_DEVICE MmSm90Shared(char* memory) {
+        stages = device::shared_address(memory);
+        staging = memory + C::kStages * C::kStageBytes;
+        char* rest = staging + C::kWarpgroups * C::kStagingBytes;
+        full = device::shared_address(rest);
+        empty = full + C::kStages * 8;
+        flags = reinterpret_cast<uint32_t*>(rest + C::kStages * 16);
+    }
+};
+
+// One ring, filled by the producer and drained by the consumers, each with its own copy of this place in it.
+template <int kStages>
+struct RingPlace {
+    uint32_t stage = 0, phase = 0;
+    SK_DEVICE void next() {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+template <class C>
+SK_DEVICE void mm_produce(const device::TensorMap* x_map, const MmSm90Shared<C>& shared, Pieces pieces, int row_tiles,
+                          int token_tiles) {
+    using namespace device;
+    constexpr int kShare = C::kTokens / C::kCluster;
+    const uint32_t rank = C::kCluster > 1 ? cluster_rank() : 0;
+    RingPlace<C::kStages> place;
+    prefetch_map(x_map);
+    Piece piece;
+    while (pieces.take(piece)) {
+        const int token = tile_at(piece.tile, row_tiles, token_tiles).tokens * C::kTokens + rank * kShare;
+        for (int kb = piece.begin; kb < piece.end; ++kb, place.next()) {
+            barrier_wait(shared.empty + 8 * place.stage, place.phase ^ 1);
+            const uint32_t full = shared.full + 8 * place.stage;
+            barrier_expect(full, C::kStageBytes);
+            const uint32_t to = shared.stages + place.stage * C::kStageBytes + rank * kShare * 128;
+            const int column = kb * block_k(C::T);
+            if constexpr (C::kCluster > 1) {
+                load_box_multicast(to, x_map, column, token, full, (1 << C::kCluster) - 1, bytes_of(C::T));
+            } else {
+                load_box(to, x_map, column, token, full, bytes_of(C::T));
+            }
+        }
+    }
+}
+
+// Writes 64 finished rows of a warpgroup. 16-bit outputs go through shared memory, so that a token's 64 leave as one
+// line of 128 bytes.
+template <class C>
+SK_DEVICE void mm_store(const Mm& p, const device::Accumulator<C::T> (&acc)[C::kTokens / 2], int row0, int token0,
+                        char* staging, uint32_t thread, uint32_t barrier) {
+    using namespace device;
+    const Epilogue& e = p.epilogue;
+    const int warp = thread / 32;
+    if (bytes_of(e.out_type) != 2) {
+        store_rows_wide<C::kTokens>(p, acc, row0 + 16 * warp, token0, thread % 32);
+        return;
+    }
+    const uint32_t staging_address = shared_address(staging);
+    SK_UNROLL
+    for (int j = 0; j < C::kTokens / 8; j += 2) {
+        uint32_t words[4];
+        SK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const int at = 4 * (j + i / 2) + 2 * (i % 2);
+            words[i] = pack_output(e.out_type, as_float(acc[at]), as_float(acc[at + 1]));
+        }
+        // Matrix m = lane / 8 of this store: rows 8 (m % 2) .. of the warp's 16, tokens 8 (j + m / 2) ...
+        const uint32_t lane = thread % 32, m = lane / 8, token = 8 * (j + m / 2) + lane % 8;
+        const uint32_t chunk = 2 * warp + m % 2;
+        store_matrices_transposed(staging_address + token * 128 + (chunk ^ token % 8) * 16, words);
+    }
+    sync_named(barrier, 128);
+    SK_NO_UNROLL
+    for (int token = thread / 8; token < C::kTokens; token += 16) {
+        const int chunk = thread % 8, row = row0 + 8 * chunk, count = p.n - row < 8 ? p.n - row : 8;
+        if (token0 + token < p.m && count > 0) {
+            const auto* eight = reinterpret_cast<const Vec4*>(staging + token * 128 + ((chunk ^ token % 8) * 16));
+            store_row(e, p.y, p.y_stride, token0 + token, row, count, *eight);
+        }
+    }
+    sync_named(barrier, 128);  // the next 64 rows take the same memory
+}
+
+template <class C>
+SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces pieces, int row_tiles, int token_tiles) {
+    using namespace device;
+    constexpr Type T = C::T;
+    const uint32_t thread = thread_index() % 128, group = thread_index() / 128 - 1, barrier = 1 + group;
+    const uint32_t rank = C::kCluster > 1 ? cluster_rank() : 0;
+    const uint64_t b0 = product_descriptor(shared.stages);
+    RingPlace<C::kStages> place;
+    Accumulator<T> acc[C::kM][C::kTokens / 2];
+    BlockFragments<T> w[C::kSets][C::kM];
+
+    const auto release = [&](uint32_t stage) {
+        if (lane() < C::kCluster) {
+            if constexpr (C::kCluster > 1) {
+                barrier_arrive_at(shared.empty + 8 * stage, lane());
+            } else {
+                barrier_arrive(shared.empty + 8 * stage);
+            }
+        }
+    };
+
+    Piece piece;
+    while (pieces.take(piece)) {
+        const Tile tile = tile_at(piece.tile, row_tiles, token_tiles);
+        // Rows beyond the weight take the last block's fragments; nothing is written for them.
+        const int row_block = ((tile.rows * C::kCluster + rank) * C::kWarpgroups + group) * C::kM;
+        const char* blocks[C::kM];
+        SK_UNROLL
+        for (int m = 0; m < C::kM; ++m) {
+            const int row = row_block + m < p.row_blocks ? row_block + m : p.row_blocks - 1;
+            blocks[m] = p.fragments + int64_t{row} * p.k_blocks * block_bytes(T);
+        }
+        const auto load = [&](BlockFragments<T>(&set)[C::kM], int kb) {
+            if (kb >= piece.end) return;
+            SK_UNROLL
+            for (int m = 0; m < C::kM; ++m) load_fragments(set[m], blocks[m] + int64_t{kb} * block_bytes(T), thread);
+        };
+        SK_UNROLL
+        for (int j = 0; j < C::kAhead; ++j) load(w[j], piece.begin + j);
+        uint32_t held = 0;  // the stage of the group in flight
+        SK_NO_UNROLL
+        for (int kb0 = piece.begin; kb0 < piece.end; kb0 += C::kSets) {
+            SK_UNROLL
+            for (int j = 0; j < C::kSets; ++j) {
+                const int kb = kb0 + j;
+                if (kb >= piece.end) break;
+                barrier_wait(shared.full + 8 * place.stage, place.phase);
+                fence_products();
+                const uint64_t b = b0 + (place.stage * C::kStageBytes >> 4);
+                SK_UNROLL
+                for (int m = 0; m < C::kM; ++m) {
+                    product_sp<T, C::kTokens, 0>(acc[m], w[j][m].a[0], b, w[j][m].meta[0], kb > piece.begin);
+                    constexpr int kSelector = is_wide(T) ? 1 : 0;
+                    product_sp<T, C::kTokens, kSelector>(acc[m], w[j][m].a[1], b + 4, w[j][m].meta[1 - kSelector], 1);
+                }
+                commit_products();
+                wait_products<1>();
+                if (kb > piece.begin) release(held);
+                load(w[(j + C::kAhead) % C::kSets], kb + C::kAhead);
+                held = place.stage;
+                place.next();
+            }
+        }
+        wait_products<0>();
+        release(held);
+
+        if (!add_parts<C::kM * C::kTokens / 2, 128, C::kCluster * C::kWarpgroups>(
+                p, piece, block_x() / C::kCluster, rank * C::kWarpgroups + group, &acc[0][0], thread,
+                shared.flags + group, barrier)) {
+            continue;
+        }
+        SK_UNROLL
+        for (int m = 0; m < C::kM; ++m) {
+            const int row0 = (row_block + m) * kBlockRows, token0 = tile.tokens * C::kTokens;
+            finish_rows<C::kTokens>(p, acc[m], row0 + 16 * (thread / 32), token0, thread % 32);
+            mm_store<C>(p, acc[m], row0, token0, shared.staging + group * C::kStagingBytes, thread, barrier);
+        }
+    }
+}
+
+template <class C>
+SK_KERNEL(C::kThreads, 1)
+sp24_mm_sm90(SK_PARAM device::TensorMap x_map, SK_PARAM Mm p) {
+    using namespace device;
+    const MmSm90Shared<C> shared(shared_memory());
+    if (thread_index() == 0) {
+        for (int s = 0; s < C::kStages; ++s) {
+            barrier_init(shared.full + 8 * s, 1);
+            barrier_init(shared.empty + 8 * s, C::kCluster * C::kWarpgroups * 4);  // every consumer warp of the cluster
+        }
+        fence_barrier_init();
+    }
+    if constexpr (C::kCluster > 1) {
+        sync_cluster();
+    } else {
+        sync_block();
+    }
+    const int row_tiles = (p.row_blocks * kBlockRows + C::kCluster * C::kRows - 1) / (C::kCluster * C::kRows);
+    const int token_tiles = (p.m + C::kTokens - 1) / C::kTokens;
+    const Pieces pieces(block_x() / C::kCluster, grid_x() / C::kCluster, row_tiles * token_tiles, p.streamed,
+                        p.k_blocks);
+    if (thread_index() < 128) {
+        keep_registers<40>();
+        if (thread_index() == 0) mm_produce<C>(&x_map, shared, pieces, row_tiles, token_tiles);
+    } else {
+        take_registers<232>();
+        mm_consume<C>(p, shared, pieces, row_tiles, token_tiles);
+    }
+    if constexpr (C::kCluster > 1) sync_cluster();  // no block ends while another may still reach into it
+}
+
+}  // namespace sk::sp24
