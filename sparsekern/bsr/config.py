@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}  # KiB a thread block may have
+SHARED = {
+    80: 163,
+    86: 99,
+    87: 163,
+    89: 99,
+    90: 227,
+    100: 227,
+    103: 227,
+    120: 99,
+    121: 99,
+}  # KiB a thread block may have
 SMALLEST, LARGEST = 16, 128  # sides of blocks
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 OPS = ("mm", "mm_t", "sddmm")
@@ -98,7 +108,7 @@ def config(
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    made = _sddmm(m, block, dtype, precision) if op == "sddmm" else _mm(op, m, block, dtype, precision)
+    made = _sddmm(m, block, dtype, precision) if op == "sddmm" else _mm(op, m, block, dtype, precision, cc)
     made = _fitting(op, replace(made, tma=cc >= 90 and dtype.itemsize == 2 and made.tokens >= 64), block, dtype, cc)
     stored = density * -(-n // block[0]) * -(-k // block[1])
     if op == "sddmm":
@@ -130,7 +140,12 @@ def candidates(
     seen = set()
     for tokens in dict.fromkeys((own.tokens, own.tokens // 2, own.tokens * 2)):
         for depth in dict.fromkeys((own.depth, own.depth // 2, own.depth * 2)):
-            for warps, stages in ((own.warps, own.stages), (4, own.stages), (8, own.stages), (own.warps, own.stages - 1)):
+            for warps, stages in (
+                (own.warps, own.stages),
+                (4, own.stages),
+                (8, own.stages),
+                (own.warps, own.stages - 1),
+            ):
                 for tma in dict.fromkeys((own.tma, not own.tma)):
                     for resident in dict.fromkeys((own.resident, 0)):
                         made = replace(
@@ -141,7 +156,7 @@ def candidates(
                             yield made
 
 
-def _mm(op: str, m: int, block: tuple[int, int], dtype: torch.dtype, precision: str) -> Config:
+def _mm(op: str, m: int, block: tuple[int, int], dtype: torch.dtype, precision: str, cc: int) -> Config:
     outer, inner = sides(op, block)
     if dtype == torch.float32:
         if precision == "ieee":  # no tensor cores: small tiles, or the accumulators spill
@@ -156,7 +171,9 @@ def _mm(op: str, m: int, block: tuple[int, int], dtype: torch.dtype, precision: 
         return Config(tokens=64, depth=depth, warps=4, stages=4)
     if m <= 512 or outer < 64:
         return Config(tokens=128, depth=depth, warps=4 if outer < 128 else 8, stages=4)
-    return Config(tokens=256 if outer >= 128 else 128, depth=depth, warps=8 if outer >= 128 else 4, stages=4)
+    # mma.sync keeps operands in registers, too: 256 tokens are for the instructions that read shared memory.
+    wide = outer >= 128 and cc // 10 in (9, 10)
+    return Config(tokens=256 if wide else 128, depth=depth, warps=8 if outer >= 128 else 4, stages=4)
 
 
 def _sddmm(m: int, block: tuple[int, int], dtype: torch.dtype, precision: str) -> Config:

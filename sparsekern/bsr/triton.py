@@ -19,7 +19,13 @@ from .layout import Bsr
 from .work import by_columns, by_rows, work_list
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8", FP8: "float8e4nv"}
+_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int8: "int8",
+    FP8: "float8e4nv",
+}
 
 
 def why_not(op: str, layout: Bsr, x: Tensor) -> str | None:
@@ -100,7 +106,7 @@ def _product(
     (m, size), inner_size = y.shape, x.shape[1]
     if m == 0 or size == 0:
         return y
-    how = how or _config(op, layout, x)
+    how = how or heuristic(op, layout, x, m)
     kernels, columns = _kernels(), op == "mm_t"
     view, (outer, inner) = (by_columns if columns else by_rows)(layout), sides(op, layout.block)
     work, tiles = work_list(layout, columns, how.most), -(-m // how.tokens)
@@ -115,18 +121,21 @@ def _product(
     given: Any = x
     tma = how.tma and _maps(x, layout.values)
     if tma:
-        given, w = _map(x, how.tokens, how.depth), _map(w.flatten(0, 1), how.depth if columns else outer, outer if columns else how.depth)
+        given, w = (
+            _map(x, how.tokens, how.depth),
+            _map(w.flatten(0, 1), how.depth if columns else outer, outer if columns else how.depth),
+        )
     count = work.items.shape[0]
     programs = count * tiles
     if how.resident:
         programs = min(programs, multiprocessors(x.device) * how.resident)
     ending = {"ACTIVATION": activation, "OUT": outer, "TOKENS": how.tokens}
-    with _on(x):
+    with on(x):
         kernels.bsr_mm[(programs,)](
             given, w, y, partial, bias, scale, residual, work.items, view.inner, view.gather,
             m, size, inner_size, x.stride(0), y.stride(0), residual_stride, count, tiles,
             **ending, IN=inner, DEPTH=how.depth, TRANSPOSED=columns, EVEN=inner_size % inner == 0, TMA=tma,
-            PRECISION=fp32_precision(), TYPE=_type(x.dtype), ACC=_type(torch.int32 if integers else torch.float32),
+            PRECISION=fp32_precision(), TYPE=triton_type(x.dtype), ACC=triton_type(torch.int32 if integers else torch.float32),
             FP8=x.dtype == FP8, SPLIT=work.slots > 0, GROUP=how.group,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -149,7 +158,7 @@ def sddmm(layout: Bsr, dy: Tensor, x: Tensor, how: Config | None = None) -> Tens
         return out
     if m == 0:
         return out.zero_()
-    how = how or _config("sddmm", layout, x)
+    how = how or heuristic("sddmm", layout, x, m)
     kernels, row = _kernels(), by_rows(layout).row
     share = -(-m // (how.parts * how.tokens)) * how.tokens
     parts = -(-m // share)
@@ -157,23 +166,29 @@ def sddmm(layout: Bsr, dy: Tensor, x: Tensor, how: Config | None = None) -> Tens
     tma = how.tma and _maps(dy, x)
     a: Any = _map(dy, how.tokens, r) if tma else dy
     b: Any = _map(x, how.tokens, c) if tma else x
-    with _on(x):
+    with on(x):
         kernels.bsr_sddmm[(blocks, parts)](
             a, b, sums, row, layout.col, m, n, k, dy.stride(0), x.stride(0), share, blocks,
             R=r, C=c, TOKENS=how.tokens, EVEN=n % r == 0 and k % c == 0, TMA=tma, PRECISION=fp32_precision(),
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         if parts > 1:
-            kernels.add_parts[(-(-out.numel() // 1024),)](sums, out, out.numel(), parts, WIDTH=1024, num_warps=4)
+            add_parts(sums, out)
     return out
 
 
-def _config(op: str, layout: Bsr, x: Tensor) -> Config:
-    """The heuristic's choice; calls with equal sizes share it."""
+def add_parts(sums: Tensor, out: Tensor) -> None:
+    """out = sums.sum(0), in order."""
+    grid = (-(-out.numel() // 1024),)
+    _kernels().add_parts[grid](sums, out, out.numel(), sums.shape[0], WIDTH=1024, num_warps=4)
+
+
+def heuristic(op: str, layout: Bsr, x: Tensor, m: int) -> Config:
+    """The heuristic's choice for m rows of x's type; calls with equal sizes share it."""
     (nb, kb), precision = layout.grid, fp32_precision() if x.dtype == torch.float32 else "ieee"
     density = layout.values.shape[0] / max(nb * kb, 1)
     return _remembered(
-        op, x.shape[0], *layout.shape, layout.block, x.dtype, density, capability(x.device), multiprocessors(x.device), precision
+        op, m, *layout.shape, layout.block, x.dtype, density, capability(x.device), multiprocessors(x.device), precision
     )
 
 
@@ -188,7 +203,7 @@ def _kernels() -> Any:
 
 
 @cache
-def _type(dtype: torch.dtype) -> Any:
+def triton_type(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return tl.int32 if dtype == torch.int32 else getattr(tl, _NAMES[dtype])
@@ -210,6 +225,6 @@ def _map(t: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])
 
 
-def _on(x: Tensor) -> Any:
+def on(x: Tensor) -> Any:
     """Launches go to the device of x."""
     return torch.cuda.device_of(x)

@@ -53,7 +53,7 @@ def by_rows(layout: Bsr) -> View:
     def make() -> View:
         return View(layout.crow, layout.col, None, layout.block_rows().int())
 
-    return _kept(layout, "rows", make, lambda old: _refill(old, make()))
+    return kept(layout, "rows", make, lambda old: refill(old, make()))
 
 
 def by_columns(layout: Bsr) -> View:
@@ -65,7 +65,7 @@ def by_columns(layout: Bsr) -> View:
         starts = torch.searchsorted(col[order], torch.arange(kb + 1, device=col.device)).int()
         return View(starts, layout.block_rows()[order].int(), order.int(), col[order].int())
 
-    return _kept(layout, "columns", make, lambda old: _refill(old, make()))
+    return kept(layout, "columns", make, lambda old: refill(old, make()))
 
 
 def work_list(layout: Bsr, columns: bool, most: int) -> Work:
@@ -84,9 +84,7 @@ def work_list(layout: Bsr, columns: bool, most: int) -> Work:
         capturing = begin.is_cuda and torch.cuda.is_current_stream_capturing()
         return cut(begin, nnzb, most if most and (capturing or int(begin.diff().max()) > most) else 0)
 
-    return _kept(
-        layout, ("work", columns, most), make, lambda old: _refill(old, cut(starts(), nnzb, old.most))
-    )
+    return kept(layout, ("work", columns, most), make, lambda old: refill(old, cut(starts(), nnzb, old.most)))
 
 
 def cut(starts: Tensor, nnzb: int, most: int) -> Work:
@@ -134,11 +132,11 @@ def refresh(layout: Bsr) -> None:
 _KEY = "bsr.walk"
 
 
-def _kept(layout: Bsr, name: Any, make: Callable[[], Any], again: Callable[[Any], None]) -> Any:
+def kept(layout: Bsr, name: Any, make: Callable[[], Any], again: Callable[[Any], None]) -> Any:
     return plan(layout.col, (_KEY, layout.dims, name), make, again)
 
 
-def _refill(old: Any, new: Any) -> None:
+def refill(old: Any, new: Any) -> None:
     """Copies every tensor of a record into the one that it replaces."""
     for name, kept in vars(old).items():
         fresh = getattr(new, name)
