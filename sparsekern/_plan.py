@@ -15,7 +15,7 @@ from torch import Tensor
 _ATTRIBUTE = "_sparsekern_plans"
 
 
-def plan(tensor: Tensor, key: Hashable, make: Callable[[], Any], again: Callable[[Any], None] | None = None) -> Any:
+def plan(tensor: Tensor, key: Hashable, make: Callable[[], Any], again: Callable[[Any], Any] | None = None) -> Any:
     """`make()`, remembered for this tensor's storage, view and version under `key`.
 
     After an in-place change it is made anew, or, where `again` is given, brought up to date by `again(old)`: a CUDA

@@ -27,7 +27,7 @@ def backends(format: str, device_type: str) -> tuple[str, ...]:
 
 
 def named(format: str, device_type: str) -> tuple[str, ...]:
-    """The backends that run on a device type when they are asked for by name: interpreted kernels never by themselves."""
+    """The backends that run on a device type when asked for by name; interpreted kernels run only then."""
     on_gpu = FORMATS[format].backends.get("cuda", ())
     return (*backends(format, device_type), *(("triton",) if interpreting() and "triton" in on_gpu else ()))
 

@@ -103,9 +103,9 @@ def built(kernel: Any, arguments: dict[str, Any], how: Config, cc: int) -> Any:
             signature[name], constants[(place,)] = "constexpr", value[0]
             continue
         signature[name] = value
-        if value.startswith("*") or name in ("size", "inner_size", "x_stride", "y_stride", "dy_stride", "n", "k"):
-            if not (name in UNEVEN and arguments.get("EVEN") == (False,)):
-                attributes[(place,)] = [["tt.divisibility", 16]]
+        uneven = name in ("size", "inner_size", "n", "k") and arguments.get("EVEN") == (False,)
+        if value.startswith("*") or (name in DIVISIBLE and not uneven):
+            attributes[(place,)] = [["tt.divisibility", 16]]
     key = (kernel.__name__, str(arguments), str(attributes), how.warps, how.stages, cc)
     if key in _SEEN:
         raise Known
@@ -115,7 +115,7 @@ def built(kernel: Any, arguments: dict[str, Any], how: Config, cc: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
 
 
-UNEVEN = ("size", "inner_size", "n", "k")
+DIVISIBLE = ("size", "inner_size", "x_stride", "y_stride", "dy_stride", "n", "k", "channels")
 
 
 def compile_case(case: Case, cc: int) -> tuple[Any, Config]:
@@ -127,11 +127,15 @@ def compile_case(case: Case, cc: int) -> tuple[Any, Config]:
     def matrix(kind: str, rows: int, columns: int) -> str:
         return f"tensordesc<{kind}[{rows},{columns}]>" if how.tma else f"*{kind}"
 
+    def integers(names: str) -> dict[str, Any]:
+        return dict.fromkeys(names.split(), "i32")
+
     if case.op == "sddmm":
         r, c = case.block
         arguments = {
-            "dy": matrix(x, how.tokens, r), "x": matrix(x, how.tokens, c), "out": f"*{x}" if how.parts == 1 else "*fp32",
-            "row": "*i32", "col": "*i32", **dict.fromkeys(("m", "n", "k", "dy_stride", "x_stride", "share", "blocks"), "i32"),
+            "dy": matrix(x, how.tokens, r), "x": matrix(x, how.tokens, c),
+            "out": f"*{x}" if how.parts == 1 else "*fp32", "row": "*i32", "col": "*i32",
+            **integers("m n k dy_stride x_stride share blocks"),
             "R": (r,), "C": (c,), "TOKENS": (how.tokens,), "EVEN": (case.even,), "TMA": (how.tma,),
             "PRECISION": (case.precision,),
         }  # fmt: skip
@@ -139,16 +143,17 @@ def compile_case(case: Case, cc: int) -> tuple[Any, Config]:
     columns = case.op == "mm_t"
     acc = torch.int32 if ints else torch.float32
     box = (how.depth, outer) if columns else (outer, how.depth)
+    wide = "fp32" if small else x
     arguments = {
-        "x": matrix(x, how.tokens, how.depth), "w": matrix(w, *box), "y": f"*{'fp32' if small else x}",
-        "partial": f"*{NAMES[acc]}", "bias": (None,) if columns else f"*{'fp32' if small else x}",
-        "scale": "*fp32" if case.weight.itemsize == 1 else (None,), "residual": (None,), "items": "*i32", "inner": "*i32",
-        "gather": "*i32" if columns else (None,),
-        **dict.fromkeys(("m", "size", "inner_size", "x_stride", "y_stride", "residual_stride", "count", "token_tiles"), "i32"),
+        "x": matrix(x, how.tokens, how.depth), "w": matrix(w, *box), "y": f"*{wide}", "partial": f"*{NAMES[acc]}",
+        "bias": (None,) if columns else f"*{wide}", "scale": "*fp32" if case.weight.itemsize == 1 else (None,),
+        "residual": (None,), "items": "*i32", "inner": "*i32", "gather": "*i32" if columns else (None,),
+        **integers("m size inner_size x_stride y_stride residual_stride count token_tiles"),
         "OUT": (outer,), "IN": (inner,), "TOKENS": (how.tokens,), "DEPTH": (how.depth,), "TRANSPOSED": (columns,),
         "EVEN": (case.even,), "TMA": (how.tma,), "ACTIVATION": ("none" if columns else "gelu_tanh",),
-        "PRECISION": (case.precision,), "TYPE": (launcher.triton_type(case.dtype),), "ACC": (launcher.triton_type(acc),),
-        "FP8": (case.dtype == torch.float8_e4m3fn,), "SPLIT": (how.most > 0,), "GROUP": (how.group,),
+        "PRECISION": (case.precision,), "TYPE": (launcher.triton_type(case.dtype),),
+        "ACC": (launcher.triton_type(acc),), "FP8": (case.dtype == torch.float8_e4m3fn,), "SPLIT": (how.most > 0,),
+        "GROUP": (how.group,),
     }  # fmt: skip
     return built(kernels.bsr_mm, arguments, how, cc), how
 

@@ -12,17 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-SHARED = {
-    80: 163,
-    86: 99,
-    87: 163,
-    89: 99,
-    90: 227,
-    100: 227,
-    103: 227,
-    120: 99,
-    121: 99,
-}  # KiB a thread block may have
+# KiB of shared memory that a thread block may have, by compute capability times ten.
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 SMALLEST, LARGEST = 16, 128  # sides of blocks
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 OPS = ("mm", "mm_t", "sddmm")
@@ -33,7 +24,7 @@ class Config:
     """tokens: of a tile (sddmm: of a step); depth: of a step along a block's inner side; warps, stages: Triton's.
 
     tma: loads through tensor maps; group: tiles of tokens that all work passes over before the next; most: blocks of
-    an item, 0 for whole rows; parts: shares of the tokens (sddmm); resident: programs a multiprocessor, 0 for one a tile.
+    an item, 0 for whole rows; parts: shares of the tokens (sddmm); resident: programs a multiprocessor, 0: one a tile.
     """
 
     tokens: int
@@ -138,14 +129,10 @@ def candidates(
     """What tuning may try for a call, the heuristic's own choice first; every one is legal."""
     own = config(op, m, n, k, block, dtype, density, cc, sms, precision)
     seen = set()
+    launches = ((own.warps, own.stages), (4, own.stages), (8, own.stages), (own.warps, own.stages - 1))
     for tokens in dict.fromkeys((own.tokens, own.tokens // 2, own.tokens * 2)):
         for depth in dict.fromkeys((own.depth, own.depth // 2, own.depth * 2)):
-            for warps, stages in (
-                (own.warps, own.stages),
-                (4, own.stages),
-                (8, own.stages),
-                (own.warps, own.stages - 1),
-            ):
+            for warps, stages in launches:
                 for tma in dict.fromkeys((own.tma, not own.tma)):
                     for resident in dict.fromkeys((own.resident, 0)):
                         made = replace(
@@ -204,7 +191,7 @@ def _fitting(op: str, made: Config, block: tuple[int, int], dtype: torch.dtype, 
 
 
 def _most(stored: float, rows: int, tiles: int, programs: int) -> int:
-    """Blocks of an item: a power of two (few different lists), so that all programs have work and none has much more."""
+    """Blocks of an item: a power of two (few different lists); all programs have work and none has much more."""
     mean = stored / max(rows, 1)
     if rows * tiles >= 2 * programs:
         return _power(int(4 * mean)) * 2  # only rows far longer than others are cut

@@ -16,9 +16,8 @@ from torch import Tensor
 from .._ext import FP8, capability, known_bias, multiprocessors, unit_rows, why_not_triton
 from .config import LARGEST, PRECISIONS, SMALLEST, Config, config, sides
 from .layout import Bsr
-from .work import by_columns, by_rows, work_list
+from .work import by_columns, rows_of, work_list
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -108,23 +107,20 @@ def _product(
         return y
     how = how or heuristic(op, layout, x, m)
     kernels, columns = _kernels(), op == "mm_t"
-    view, (outer, inner) = (by_columns if columns else by_rows)(layout), sides(op, layout.block)
+    outer, inner = sides(op, layout.block)
+    place, gather = by_columns(layout)[1:] if columns else (layout.col, None)
     work, tiles = work_list(layout, columns, how.most), -(-m // how.tokens)
-    scale, integers = layout.scale, x.dtype == torch.int8
+    scale, sums = layout.scale, torch.int32 if x.dtype == torch.int8 else torch.float32
     residual = None if residual is None else unit_rows(residual)
     residual_stride = 0 if residual is None else residual.stride(0)
     # Nothing reads the sums of rows that are whole.
-    partial = torch.empty(
-        (work.slots * tiles * how.tokens * outer,), dtype=torch.int32 if integers else torch.float32, device=x.device
-    )
+    partial = torch.empty((work.slots * tiles * how.tokens * outer,), dtype=sums, device=x.device)
     w: Any = layout.values
     given: Any = x
     tma = how.tma and _maps(x, layout.values)
     if tma:
-        given, w = (
-            _map(x, how.tokens, how.depth),
-            _map(w.flatten(0, 1), how.depth if columns else outer, outer if columns else how.depth),
-        )
+        box = (how.depth, outer) if columns else (outer, how.depth)
+        given, w = _map(x, how.tokens, how.depth), _map(w.flatten(0, 1), *box)
     count = work.items.shape[0]
     programs = count * tiles
     if how.resident:
@@ -132,10 +128,10 @@ def _product(
     ending = {"ACTIVATION": activation, "OUT": outer, "TOKENS": how.tokens}
     with on(x):
         kernels.bsr_mm[(programs,)](
-            given, w, y, partial, bias, scale, residual, work.items, view.inner, view.gather,
+            given, w, y, partial, bias, scale, residual, work.items, place, gather,
             m, size, inner_size, x.stride(0), y.stride(0), residual_stride, count, tiles,
             **ending, IN=inner, DEPTH=how.depth, TRANSPOSED=columns, EVEN=inner_size % inner == 0, TMA=tma,
-            PRECISION=fp32_precision(), TYPE=triton_type(x.dtype), ACC=triton_type(torch.int32 if integers else torch.float32),
+            PRECISION=fp32_precision(), TYPE=triton_type(x.dtype), ACC=triton_type(sums),
             FP8=x.dtype == FP8, SPLIT=work.slots > 0, GROUP=how.group,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -159,7 +155,7 @@ def sddmm(layout: Bsr, dy: Tensor, x: Tensor, how: Config | None = None) -> Tens
     if m == 0:
         return out.zero_()
     how = how or heuristic("sddmm", layout, x, m)
-    kernels, row = _kernels(), by_rows(layout).row
+    kernels, row = _kernels(), rows_of(layout)
     share = -(-m // (how.parts * how.tokens)) * how.tokens
     parts = -(-m // share)
     sums = out if parts == 1 else x.new_empty((parts, *out.shape), dtype=torch.float32)

@@ -9,8 +9,7 @@ nothing asks the device for a number, and a captured CUDA graph that reads them 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,22 +18,18 @@ from .._plan import plan, plans
 from .layout import Bsr
 
 
-@dataclass(frozen=True)
-class View:
-    """The stored blocks in the order in which a product walks them.
+class Columns(NamedTuple):
+    """The stored blocks by column, inside a column by row; values stay where they are.
 
-    starts [rows + 1]: where each row of the walk begins; inner [nnzb]: each block's place along the side that is summed
-    over; gather [nnzb]: which block it is, None where the order is the stored one; row [nnzb]: its row of the walk.
+    starts [Kb + 1]: where each column begins; row [nnzb]: every block's block row; gather [nnzb]: which block it is.
     """
 
     starts: Tensor
-    inner: Tensor
-    gather: Tensor | None
     row: Tensor
+    gather: Tensor
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """items [count, 4] int32: row (-1: nothing to do), first block, end, partial sum to write (-1: the row is whole).
 
     splits [count, 3] int32: row (-1: none), its first partial sum, how many; slots: room for so many partial sums;
@@ -47,23 +42,19 @@ class Work:
     most: int
 
 
-def by_rows(layout: Bsr) -> View:
-    """The walk of `mm`: the stored order itself."""
-
-    def make() -> View:
-        return View(layout.crow, layout.col, None, layout.block_rows().int())
-
-    return kept(layout, "rows", make, lambda old: refill(old, make()))
+def rows_of(layout: Bsr) -> Tensor:
+    """int32 [nnzb]: the block row of every block."""
+    return kept(layout, "rows", lambda: layout.block_rows().int(), lambda old: old.copy_(layout.block_rows()))
 
 
-def by_columns(layout: Bsr) -> View:
-    """The walk of `mm_t`: blocks by column, inside a column by row. Values stay where they are."""
+def by_columns(layout: Bsr) -> Columns:
+    """The walk of `mm_t`."""
 
-    def make() -> View:
+    def make() -> Columns:
         col, kb = layout.col.long(), layout.grid[1]
         order = torch.argsort(col, stable=True)
         starts = torch.searchsorted(col[order], torch.arange(kb + 1, device=col.device)).int()
-        return View(starts, layout.block_rows()[order].int(), order.int(), col[order].int())
+        return Columns(starts, layout.block_rows()[order].int(), order.int())
 
     return kept(layout, "columns", make, lambda old: refill(old, make()))
 
@@ -77,7 +68,7 @@ def work_list(layout: Bsr, columns: bool, most: int) -> Work:
     nnzb = layout.values.shape[0]
 
     def starts() -> Tensor:
-        return (by_columns if columns else by_rows)(layout).starts
+        return by_columns(layout).starts if columns else layout.crow
 
     def make() -> Work:
         begin = starts()
@@ -117,28 +108,28 @@ def cut(starts: Tensor, nnzb: int, most: int) -> Work:
 
 
 def refresh(layout: Bsr) -> None:
-    """Brings every list of this layout up to date, in place."""
+    """Brings every list of this layout's products up to date, in place; those of convolutions follow at their call."""
     for key in plans(layout.col):
         if key[:2] == (_KEY, layout.dims):
             name = key[2]
             if name == "rows":
-                by_rows(layout)
+                rows_of(layout)
             elif name == "columns":
                 by_columns(layout)
-            else:
+            elif name[0] == "work":
                 work_list(layout, *name[1:])
 
 
 _KEY = "bsr.walk"
 
 
-def kept(layout: Bsr, name: Any, make: Callable[[], Any], again: Callable[[Any], None]) -> Any:
+def kept(layout: Bsr, name: Any, make: Callable[[], Any], again: Callable[[Any], Any]) -> Any:
+    """What depends on the topology alone, beside it; it must not hold the topology itself, or both never die."""
     return plan(layout.col, (_KEY, layout.dims, name), make, again)
 
 
 def refill(old: Any, new: Any) -> None:
     """Copies every tensor of a record into the one that it replaces."""
-    for name, kept in vars(old).items():
-        fresh = getattr(new, name)
-        if isinstance(kept, Tensor) and kept is not fresh:
-            kept.copy_(fresh)
+    for mine, fresh in zip(old, new, strict=True):
+        if isinstance(mine, Tensor):
+            mine.copy_(fresh)

@@ -1,8 +1,8 @@
 """The Triton kernels of block-sparse convolution: an implicit product over pixels, images channels innermost.
 
-A stored block lies inside one tap, so that it meets a run of channels of one shifted image: (dh, dw, channel block), read
-a step ahead as scalars. The gradient of the images is the same kernel: shifted the other way, one phase of the stride
-at a time.
+A stored block lies inside one tap, so that it meets a run of channels of one shifted image: (dh, dw, channel block),
+read a step ahead as scalars. The gradient of the images is the same kernel, shifted the other way, one phase of the
+stride at a time.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from .._plan import plan
 from ..bsr import triton as product
 from ..bsr.config import Config, sides
 from ..bsr.layout import Bsr
-from ..bsr.work import Work, by_rows, cut, kept, refill
+from ..bsr.work import Work, cut, kept, refill, rows_of
 from ..layout import Layout
 from .geometry import Geometry, channels_last
 
@@ -40,7 +40,7 @@ def why_not(op: str, layout: Layout, x: Tensor, g: Geometry) -> str | None:
 
 
 class Walk(NamedTuple):
-    """What the kernel walks: work, (dh, dw, channel block) of each step [nnzb, 3], which block it is (None: in order)."""
+    """Work, (dh, dw, channel block) of every block walked [nnzb, 3], which block it is (None: in stored order)."""
 
     work: Work
     shifts: Tensor
@@ -60,21 +60,8 @@ def conv2d(
         size = g.out_size(*x.shape[2:])
         y = _empty(x, layout.shape[0], *size)
         how = how or _config("mm", layout, x, x.shape[0] * size[0] * size[1])
-        strides = (g.stride_h, g.stride_w)
-        _run(
-            "mm",
-            layout,
-            x,
-            y,
-            known_bias(bias),
-            activation,
-            size,
-            strides,
-            (0, 0),
-            (1, 1),
-            _forward(layout, g, how.most),
-            how,
-        )
+        strides, walk = (g.stride_h, g.stride_w), _forward(layout, g, how.most)
+        _run("mm", layout, x, y, known_bias(bias), activation, size, strides, (0, 0), (1, 1), walk, how)
     return y if last else y.contiguous()
 
 
@@ -113,8 +100,8 @@ def conv2d_weight(layout: Bsr, dy: Tensor, x: Tensor, g: Geometry, how: Config |
     sums = out if parts == 1 else x.new_empty((parts, *out.shape), dtype=torch.float32)
     with product.on(x):
         _kernels().bsr_conv_sddmm[(blocks, parts)](
-            dy, x, sums, by_rows(layout).row, _forward_shifts(layout, g), pixels, *dy.shape[2:], *x.shape[2:], x.shape[1],
-            dy.shape[1], g.stride_h, g.stride_w, share, blocks,
+            dy, x, sums, rows_of(layout), _forward_shifts(layout, g), pixels, *dy.shape[2:], *x.shape[2:],
+            x.shape[1], dy.shape[1], g.stride_h, g.stride_w, share, blocks,
             R=r, C=c, TOKENS=how.tokens, EVEN=dy.shape[1] % r == 0, PRECISION=product.fp32_precision(),
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -154,8 +141,8 @@ def _run(
             x, layout.values, y, partial, bias, None, work.items, walk.shifts, walk.gather,
             pixels, *grid, *x.shape[2:], x.shape[1], size, *strides, *places, work.items.shape[0], tiles,
             **ending, IN=inner, DEPTH=how.depth, TRANSPOSED=op == "mm_t", EVEN=x.shape[1] % inner == 0,
-            PRECISION=product.fp32_precision(), TYPE=product.triton_type(x.dtype), SPLIT=work.slots > 0, GROUP=how.group,
-            num_warps=how.warps, num_stages=how.stages,
+            PRECISION=product.fp32_precision(), TYPE=product.triton_type(x.dtype), SPLIT=work.slots > 0,
+            GROUP=how.group, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         if work.slots:
             rows = max(1, min(how.tokens, 4096 // outer))
@@ -212,8 +199,8 @@ def _backward(layout: Bsr, g: Geometry, phase: tuple[int, int], most: int) -> Wa
         new = make()
         refill(old.work, new.work)
         old.shifts.copy_(new.shifts)
-        assert old.gather is not None and new.gather is not None
-        old.gather.copy_(new.gather)
+        if old.gather is not None and new.gather is not None:
+            old.gather.copy_(new.gather)
 
     return kept(layout, ("conv2d_input", g, phase, most), make, again)
 
