@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import warnings
 from functools import cache
 from types import ModuleType
@@ -13,6 +15,7 @@ from ._sources import digest
 
 # csrc/core/types.h has the same numbers.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+FP8 = torch.float8_e4m3fn
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
@@ -64,6 +67,47 @@ def why_not_cuda() -> str | None:
         return "torch sees no CUDA device"
     module, reason = _load("_cuda")
     return None if module is not None else f"the compiled GPU module is missing: {reason}"
+
+
+@cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on CPU tensors (TRITON_INTERPRET=1): for tests, not for speed."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device, or None where they can."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"Triton kernels run on CUDA tensors (on CPU tensors with TRITON_INTERPRET=1), not on {device.type}"
+    missing = _triton_missing()
+    if missing is None and device.type == "cuda" and capability(device) < 80:
+        return f"Triton kernels need compute capability 8.0, {device} has {capability(device) / 10}"
+    return missing
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Compute capability times ten (90: Hopper); that of an A100 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many thread blocks can run beside each other, at least; few where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
