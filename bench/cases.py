@@ -303,6 +303,34 @@ def overhead() -> Iterator[Case]:
         yield Case("overhead", {"format": format, "shape": "32x32", "M": 1}, (), make)
 
 
+def grid() -> Iterator[Case]:
+    """What sparsekern/heuristic.py is fitted to (bench/fit_heuristic.py): decode to prefill, every format and type."""
+    for format, block in (("csr", None), ("bsr", 32), ("sp24", None), ("bitmap", None)):
+        for dtype in ("float32", "bfloat16"):
+            for sparsity in (0.5,) if format == "sp24" else (0.5, 0.9):
+                for m in (1, 4, 16, 64, 256, 1024):
+
+                    def make(
+                        format: str = format,
+                        block: int | None = block,
+                        m: int = m,
+                        density: float = 1 - sparsity,
+                        dtype: torch.dtype = SHORT[dtype],
+                    ) -> Variants:
+                        kw = {"block": (block, block)} if block else {}
+                        weight, x = _dense_linear(2048, 2048, m, dtype, format, density, **kw)
+                        dense = torch.nn.Linear(2048, 2048, bias=False, dtype=dtype)
+                        dense.weight.data.copy_(weight)
+                        sparse = SparseLinear.from_dense(dense, format=format, block_size=block or 32)
+                        sparse.requires_grad_(False)
+                        dense.requires_grad_(False)
+                        return {"sparsekern": lambda: sparse(x), "dense": lambda: dense(x)}
+
+                    params = {"format": format, "shape": "2048x2048", "M": m, "sparsity": sparsity, "dtype": dtype}
+                    yield Case("grid", params, (), make, gate=_gate(1e-2 if dtype == "bfloat16" else 1e-5))
+
+
+# Those of the README's tables come first; `grid` is run by its name only.
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "csr_mm": csr_mm,
     "bsr_mm": bsr_mm,
@@ -312,4 +340,6 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "conv": conv,
     "packing": packing,
     "overhead": overhead,
+    "grid": grid,
 }
+TABLES = tuple(name for name in GROUPS if name != "grid")
