@@ -3,7 +3,8 @@
 Reads the Linear rows of bench/results/cpu.json and, where it is there, grid.json (more shapes: python -m bench.run grid
 --out bench/results/grid.json), both measured on an AMX machine. Every format and type is a line over M of its own, so
 each is fitted by itself: least squares of the logarithms, so that a microsecond's call counts as much as a second's.
-What no measurement tells stays near DENSE and SPARSE below, towards which a weak pull stands.
+What no measurement tells stays as in DENSE and SPARSE below: bytes are fitted only where few tokens were measured,
+because many are another kernel, and a weak pull stands towards the rest.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SOURCE = ROOT / "sparsekern" / "heuristic.py"
 RESULTS = tuple(ROOT / "bench" / "results" / f"{name}.json" for name in ("cpu", "grid"))
 GROUPS = ("csr_mm", "bsr_mm", "sp24_mm", "grid")  # one thread, gradients off or none needed
 ITEM = {"float32": 4, "bfloat16": 2}
+FEW = 16  # tokens
 PULL = 0.1  # what an error of a factor e in a constant weighs against one in a time
 # Where a fit starts, and what stays where nothing was measured.
 DENSE = {"float32": Rates(165.0, 20.0), "bfloat16": Rates(900.0, 15.0)}
@@ -65,9 +67,11 @@ def observations(rows: Iterable[dict[str, Any]]) -> list[Seen]:
     return seen
 
 
-def fit_rates(start: Rates, model: Callable[[Rates], list[float]], times: list[float]) -> tuple[Rates, float]:
-    """The rates that explain the times best, and the typical factor by which they miss them."""
-    free = [i for i, value in enumerate(start) if value > 0]
+def fit_rates(
+    start: Rates, model: Callable[[Rates], list[float]], times: list[float], few: bool = True
+) -> tuple[Rates, float]:
+    """The rates that explain the times best, and the typical factor by which they miss them; gbs only where `few`."""
+    free = [i for i, value in enumerate(start) if value > 0 and (few or start._fields[i] != "gbs")]
     origin = np.log([start[i] for i in free])
 
     def rates(logs: np.ndarray) -> Rates:
@@ -96,6 +100,7 @@ def fit(seen: list[Seen]) -> tuple[dict[str, Rates], dict[str, dict[str, Rates]]
                 dense[dtype],
                 lambda r, own=own, item=item: [dense_us(r, s.m, s.n, s.k, item) for s in own],
                 [s.dense for s in own],
+                min(s.m for s in own) <= FEW,
             )
         for format in FORMATS:
             own = [s for s in seen if (s.format, s.dtype) == (format, dtype)]
@@ -104,6 +109,7 @@ def fit(seen: list[Seen]) -> tuple[dict[str, Rates], dict[str, dict[str, Rates]]
                     sparse[format][dtype],
                     lambda r, own=own, item=item: [sparse_us(r, s.format, s.m, s.n, s.k, item, s.density) for s in own],
                     [s.sparse for s in own],
+                    min(s.m for s in own) <= FEW,
                 )
     return dense, sparse, misses
 

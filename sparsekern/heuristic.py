@@ -40,9 +40,9 @@ DENSE = {
     "bfloat16": Rates(1110.0, 19.2),
 }
 SPARSE = {
-    "csr": {"float32": Rates(126.0, 23.3, 0.488), "bfloat16": Rates(100.0, 8.0, 0.2)},
+    "csr": {"float32": Rates(149.0, 8.0, 0.474), "bfloat16": Rates(100.0, 8.0, 0.2)},
     "bsr": {"float32": Rates(153.0, 11.2, 0.221), "bfloat16": Rates(986.0, 31.1, 0.224)},
-    "sp24": {"float32": Rates(144.0, 6.76, 0.195), "bfloat16": Rates(580.0, 8.01, 0.0986)},
+    "sp24": {"float32": Rates(126.0, 12.0, 0.197), "bfloat16": Rates(500.0, 12.0, 0.0995)},
     "bitmap": {"float32": Rates(90.0, 12.0, 0.2), "bfloat16": Rates(450.0, 10.0, 0.1)},
 }
 # </fitted>

@@ -354,6 +354,8 @@ def test_a_fit_finds_the_rates_behind_the_times() -> None:
     found, miss = fit_heuristic.fit_rates(heuristic.Rates(100.0, 20.0, 0.2), times, times(true))
     assert found == pytest.approx(true, rel=0.1)
     assert miss < 1.05
+    kept, _ = fit_heuristic.fit_rates(heuristic.Rates(100.0, 20.0, 0.2), times, times(true), few=False)
+    assert kept.gbs == 20.0
 
 
 def test_rows_that_the_fit_must_not_see() -> None:
