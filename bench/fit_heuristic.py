@@ -25,12 +25,12 @@ from sparsekern.heuristic import FORMATS, Rates, dense_us, sparse_us
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "sparsekern" / "heuristic.py"
 RESULTS = tuple(ROOT / "bench" / "results" / f"{name}.json" for name in ("cpu", "grid"))
-GROUPS = ("csr_mm", "bsr_mm", "sp24_mm", "grid")  # one thread, gradients off or none needed
+GROUPS = ("csr_mm", "bsr_mm", "sp24_mm", "decode", "grid")  # those without gradients
 ITEM = {"float32": 4, "bfloat16": 2}
 FEW = 16  # tokens
 PULL = 0.1  # what an error of a factor e in a constant weighs against one in a time
 # Where a fit starts, and what stays where nothing was measured.
-DENSE = {"float32": Rates(165.0, 20.0), "bfloat16": Rates(900.0, 15.0)}
+DENSE = {"float32": Rates(165.0, 20.0, gemv=14.0), "bfloat16": Rates(900.0, 15.0, gemv=10.0)}
 SPARSE = {
     "csr": {"float32": Rates(100.0, 8.0, 0.2), "bfloat16": Rates(100.0, 8.0, 0.2)},
     "bsr": {"float32": Rates(130.0, 15.0, 0.2), "bfloat16": Rates(700.0, 15.0, 0.1)},
@@ -40,7 +40,7 @@ SPARSE = {
 
 
 class Seen(NamedTuple):
-    """A measured case, in microseconds."""
+    """A measured case, in microseconds of all its cores together."""
 
     format: str
     dtype: str
@@ -56,22 +56,24 @@ def observations(rows: Iterable[dict[str, Any]]) -> list[Seen]:
     """The rows that say something about a product Y = X W^T on one core."""
     seen = []
     for row in rows:
-        if row["group"] not in GROUPS or "error" in row or row["threads"] != 1:
+        if row["group"] not in GROUPS or "error" in row:
             continue
         p = row["params"]
         n, k = map(int, p["shape"].split("x"))
         format = p.get("format", row["group"].removesuffix("_mm"))
         density = 1 - p.get("sparsity", 0.5)
-        times = (1e3 * row["ms"][name]["median"] for name in ("sparsekern", "dense"))
+        times = (1e3 * row["ms"][name]["median"] * row["threads"] for name in ("sparsekern", "dense"))
         seen.append(Seen(format, p["dtype"], p["M"], n, k, density, *times))
     return seen
 
 
-def fit_rates(
-    start: Rates, model: Callable[[Rates], list[float]], times: list[float], few: bool = True
-) -> tuple[Rates, float]:
-    """The rates that explain the times best, and the typical factor by which they miss them; gbs only where `few`."""
-    free = [i for i, value in enumerate(start) if value > 0 and (few or start._fields[i] != "gbs")]
+def fit_rates(start: Rates, model: Callable[[Rates], list[float]], times: list[float], few: int) -> tuple[Rates, float]:
+    """The rates that explain the times best, and the typical factor by which they miss them.
+
+    `few` is the least number of tokens among them: what it does not reach is not fitted.
+    """
+    reach = {"gbs": FEW, "gemv": 1}
+    free = [i for i, name in enumerate(start._fields) if start[i] > 0 and few <= reach.get(name, few)]
     origin = np.log([start[i] for i in free])
 
     def rates(logs: np.ndarray) -> Rates:
@@ -100,7 +102,7 @@ def fit(seen: list[Seen]) -> tuple[dict[str, Rates], dict[str, dict[str, Rates]]
                 dense[dtype],
                 lambda r, own=own, item=item: [dense_us(r, s.m, s.n, s.k, item) for s in own],
                 [s.dense for s in own],
-                min(s.m for s in own) <= FEW,
+                min(s.m for s in own),
             )
         for format in FORMATS:
             own = [s for s in seen if (s.format, s.dtype) == (format, dtype)]
@@ -109,18 +111,24 @@ def fit(seen: list[Seen]) -> tuple[dict[str, Rates], dict[str, dict[str, Rates]]
                     sparse[format][dtype],
                     lambda r, own=own, item=item: [sparse_us(r, s.format, s.m, s.n, s.k, item, s.density) for s in own],
                     [s.sparse for s in own],
-                    min(s.m for s in own) <= FEW,
+                    min(s.m for s in own),
                 )
     return dense, sparse, misses
 
 
 def source(dense: dict[str, Rates], sparse: dict[str, dict[str, Rates]]) -> str:
     """The constants as heuristic.py spells them."""
-    one = lambda r: f"Rates({', '.join(map(str, r if r.panel else r[:2]))})"  # noqa: E731
     lines = ["DENSE = {", *(f'    "{dtype}": {one(r)},' for dtype, r in dense.items()), "}", "SPARSE = {"]
     for format, rates in sparse.items():
         lines.append(f'    "{format}": {{' + ", ".join(f'"{dtype}": {one(r)}' for dtype, r in rates.items()) + "},")
     return "\n".join([*lines, "}"]) + "\n"
+
+
+def one(rates: Rates) -> str:
+    """A Rates as its call, without what has its default."""
+    plain = [str(value) for value in rates[:2]]
+    named = [f"{name}={value}" for name, value in zip(rates._fields[2:], rates[2:], strict=True) if value]
+    return f"Rates({', '.join(plain + named)})"
 
 
 def load() -> list[Seen]:

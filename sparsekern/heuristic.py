@@ -31,19 +31,20 @@ class Rates(NamedTuple):
     gflops: float  # on the multiplications that it does
     gbs: float  # bytes of the stored weight a nanosecond, indices included
     panel: float = 0.0  # nanoseconds to bring a byte of x or y into the order of the kernels and back
+    gemv: float = 0.0  # gbs at a single token, where that is another kernel
 
 
 # Of an AMX core. 16-bit values of csr are multiplied in float32 vectors, those of the others in matrix units.
 # <fitted> python -m bench.fit_heuristic --write
 DENSE = {
-    "float32": Rates(186.0, 7.82),
-    "bfloat16": Rates(1110.0, 19.2),
+    "float32": Rates(186.0, 7.82, gemv=14.0),
+    "bfloat16": Rates(1190.0, 15.6, gemv=8.76),
 }
 SPARSE = {
-    "csr": {"float32": Rates(149.0, 8.0, 0.474), "bfloat16": Rates(100.0, 8.0, 0.2)},
-    "bsr": {"float32": Rates(153.0, 11.2, 0.221), "bfloat16": Rates(986.0, 31.1, 0.224)},
-    "sp24": {"float32": Rates(126.0, 12.0, 0.197), "bfloat16": Rates(500.0, 12.0, 0.0995)},
-    "bitmap": {"float32": Rates(90.0, 12.0, 0.2), "bfloat16": Rates(450.0, 10.0, 0.1)},
+    "csr": {"float32": Rates(149.0, 8.0, panel=0.474), "bfloat16": Rates(100.0, 8.0, panel=0.2)},
+    "bsr": {"float32": Rates(153.0, 11.2, panel=0.221), "bfloat16": Rates(986.0, 31.1, panel=0.224)},
+    "sp24": {"float32": Rates(126.0, 12.0, panel=0.197), "bfloat16": Rates(564.0, 8.54, panel=0.0987)},
+    "bitmap": {"float32": Rates(90.0, 12.0, panel=0.2), "bfloat16": Rates(277.0, 9.57, panel=0.101)},
 }
 # </fitted>
 # Dense rates of the instruction sets: float32 and bfloat16 relative to AMX, float16 to the set's own float32.
@@ -91,7 +92,8 @@ def predict(device: str, format: str, op: str, m: int, n: int, k: int, dtype: to
 
 def dense_us(rates: Rates, m: int, n: int, k: int, item: int) -> float:
     """Microseconds of a dense product with `item` bytes a value."""
-    return _OVERHEAD_US["dense"] + 2e-3 * m * n * k / rates.gflops + 1e-3 * item * n * k / rates.gbs
+    gbs = rates.gemv if m == 1 and rates.gemv else rates.gbs
+    return _OVERHEAD_US["dense"] + 2e-3 * m * n * k / rates.gflops + 1e-3 * item * n * k / gbs
 
 
 def sparse_us(rates: Rates, format: str, m: int, n: int, k: int, item: int, density: float) -> float:
