@@ -28,19 +28,23 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 @cache
-def _load_host() -> tuple[ModuleType | None, str | None]:
-    """The compiled CPU module, or why there is none that this Python code can use."""
-    module, reason = _load("_host")
+def _load_fitting(name: str, what: str, compiler: str) -> tuple[ModuleType | None, str | None]:
+    """A compiled module, or why there is none that this Python code can use."""
+    module, reason = _load(name)
     if module is None:
-        return None, f"the compiled CPU module is missing (reinstall with a C++ compiler): {reason}"
-    there, built = digest(), getattr(module, "sources", None)
+        return None, f"the compiled {what} module is missing (reinstall with {compiler}): {reason}"
+    there, built = digest(cuda=name == "_cuda"), getattr(module, "sources", None)
     if built is not None and there in (None, built):
         return module, None
     # An old module has other entries, or reads other plans: wrong numbers would be the mild case.
     how = "pip install --force-reinstall sparsekern" if there is None else "python setup.py build_ext --inplace"
-    reason = f"the compiled CPU module is out of date; rebuild it with: {how}"
-    warnings.warn(f"sparsekern: {reason} (until then every op runs on plain torch, slowly)", stacklevel=2)
+    reason = f"the compiled {what} module is out of date; rebuild it with: {how}"
+    warnings.warn(f"sparsekern: {reason} (until then every op runs on plain torch, slowly)", stacklevel=3)
     return None, reason
+
+
+def _load_host() -> tuple[ModuleType | None, str | None]:
+    return _load_fitting("_host", "CPU", "a C++ compiler")
 
 
 def host() -> ModuleType:
@@ -61,12 +65,58 @@ def host_packs(dense: torch.Tensor) -> bool:
     return dense.device.type == "cpu" and dense.dtype in DTYPES and why_not_host() is None
 
 
-def why_not_cuda() -> str | None:
-    """Why the compiled GPU kernels are not available, or None where they are."""
+CUDA_DTYPES = {**DTYPES, FP8: 4, torch.int32: 5}
+_emulator: ModuleType | None = None
+
+
+def emulate(module: ModuleType | None) -> None:
+    """Lets the GPU kernels run on CPU tensors, in an emulator with the entries of sparsekern._cuda: for tests."""
+    global _emulator
+    _emulator = module
+
+
+def emulating() -> bool:
+    return _emulator is not None
+
+
+def cuda() -> ModuleType:
+    """The compiled GPU module. Call only where `why_not_cuda` is None."""
+    if _emulator is not None:
+        return _emulator
+    module, reason = _load_fitting("_cuda", "GPU", "nvcc")
+    if module is None:
+        raise RuntimeError(f"sparsekern._cuda cannot be used: {reason}")
+    return module
+
+
+def why_not_cuda(device: torch.device | None = None) -> str | None:
+    """Why the compiled GPU kernels cannot run on this device (None: on any), or None where they can."""
+    if _emulator is not None:
+        return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    module, reason = _load("_cuda")
-    return None if module is not None else f"the compiled GPU module is missing: {reason}"
+    if device is not None and device.type != "cuda":
+        return f"the GPU kernels take CUDA tensors, not {device.type} tensors"
+    module, reason = _load_fitting("_cuda", "GPU", "nvcc")
+    if module is None:
+        return reason
+    return None if device is None else _why_not_arch(device, module.archs)
+
+
+@cache
+def _why_not_arch(device: torch.device, archs: str) -> str | None:
+    """Code for 8.x runs on later 8.y, other code on its own architecture, PTX of the last one on anything newer."""
+    here, built = capability(device), [int(arch.rstrip("a")) for arch in archs.split(",")]
+    if here < 80:
+        return f"the GPU kernels need compute capability 8.0, {device} has {here / 10}"
+    if here >= built[-1] or any(arch // 10 == here // 10 and arch <= here for arch in built):
+        return None
+    return f"the GPU kernels were built for {archs}, {device} has compute capability {here / 10}"
+
+
+def stream_of(x: torch.Tensor) -> int:
+    """The CUDA stream that work on x belongs to."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
 @cache

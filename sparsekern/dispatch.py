@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import tune
-from ._ext import interpreting
+from ._ext import emulating, interpreting
 from .formats import FORMATS, Format, backend_module
 from .layout import Layout
 
@@ -27,9 +27,10 @@ def backends(format: str, device_type: str) -> tuple[str, ...]:
 
 
 def named(format: str, device_type: str) -> tuple[str, ...]:
-    """The backends that run on a device type when asked for by name; interpreted kernels run only then."""
+    """The backends that run on a device type when asked for by name; interpreted and emulated kernels run only then."""
     on_gpu = FORMATS[format].backends.get("cuda", ())
-    return (*backends(format, device_type), *(("triton",) if interpreting() and "triton" in on_gpu else ()))
+    simulated = {"triton": interpreting(), "cuda": emulating()}
+    return (*backends(format, device_type), *(name for name in on_gpu if simulated.get(name)))
 
 
 def why_not(backend: str, op: str, layout: Layout, x: Tensor) -> str | None:
