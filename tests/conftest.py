@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
+from emulator.build import build as build_emulator
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
@@ -95,6 +97,22 @@ def host_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The host kernels only, at each instruction set."""
     with host_isa(request.param.isa):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def device_module() -> ModuleType:
+    """The GPU kernels as a module: the emulator, built when its sources have changed."""
+    return build_emulator()
+
+
+@pytest.fixture(params=["ascending", "descending", "random 1", "random 2"])
+def emulated(device_module: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The `cuda` backend on CPU tensors, under each of the emulator's schedules."""
+    order, _, seed = request.param.partition(" ")
+    device_module.set_schedule(order, int(seed or 0))
+    _ext.emulate(device_module)
+    yield device_module
+    _ext.emulate(None)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@
 namespace py = pybind11;
 
 void bind_sp24_cuda(py::module_& m);
+void bind_probes(py::module_& m);  // tests/emulator
 
 #ifdef SK_EMULATOR
 PYBIND11_MODULE(_emulator, m) {
@@ -21,6 +22,7 @@ PYBIND11_MODULE(_emulator, m) {
                                                : emu::Order::random;
         emu::set_schedule({o, seed});
     });
+    bind_probes(m);
 #else
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "sparsekern CUDA kernels";

@@ -38,7 +38,7 @@ def build() -> ModuleType:
         f"  command = {cxx} -shared -pthread $in -o $out",
     ]
     made = []
-    units = [*cuda_units(), *((source, source.stem, None) for source in sorted(HERE.glob("*.cpp")))]
+    units = [*cuda_units(), *((HERE / name, Path(name).stem, None) for name in ("engine.cpp", "probes.cu"))]
     for source, name, kind in units:
         made.append(f"{name}.o")
         lines.append(f"build {name}.o: compile {_escaped(source)}")
@@ -50,7 +50,8 @@ def build() -> ModuleType:
     if done.returncode:
         raise RuntimeError(f"the emulator cannot be built:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
     spec = importlib.util.spec_from_file_location("_emulator", out)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
