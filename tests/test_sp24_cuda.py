@@ -17,7 +17,7 @@ from sparsekern.sp24.layout import Sp24
 from sparsekern.testing import assert_close, poisoned
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.int8, FP8)
-KERNELS = 13
+KERNELS = 14
 # Relative error of a result that is rounded once to the output's type.
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 2e-6, torch.int32: 0.0}
 
@@ -88,7 +88,7 @@ def test_every_number_of_tokens(device_module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
-@pytest.mark.parametrize("number", [0, 5, 7])
+@pytest.mark.parametrize("number", [0, 6, 8])
 def test_epilogue(device_module: ModuleType, number: int, activation: str) -> None:
     """Activations, biases of every type, scales of both sides, a residual, every type of output."""
     device_module.set_schedule("ascending", 0)
@@ -130,7 +130,7 @@ def test_results_do_not_depend_on_the_schedule(device_module: ModuleType) -> Non
     _ext.emulate(device_module)
     try:
         layout, x = weight(130, 520, torch.float16), tokens(14, 520, torch.float16)
-        for number in (1, 5, 8):
+        for number in (4, 6, 9):
             how = forced(number, 14, 130, 520, torch.float16, workers=4, streamed=9)
             seen = []
             for order, seed in (("ascending", 0), ("descending", 0), ("random", 1), ("random", 2)):

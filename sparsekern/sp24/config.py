@@ -10,7 +10,7 @@ BLOCK_ROWS = 64
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may have, by architecture
 # The cost model: cycles of one processor. Estimates from the data sheets of Hopper, to be replaced by measurements.
 RATES = {"mm_sm90": 1.0, "mm_sm80": 0.5}  # share of the sparse tensor cores' peak, 4096 multiply-adds of W a cycle
-MEMORY, CACHE = 15.0, 40.0  # bytes a cycle that a processor gets from device memory and from the second level
+MEMORY, CACHE = 15.0, 30.0  # bytes a cycle that a processor gets from device memory and from the second level
 LAUNCH = 3000.0
 
 
@@ -76,8 +76,10 @@ def _mm(number: int, kernel: Kernel, m: int, n: int, k_blocks: int, processors: 
     token_tiles = -(-m // kernel.tokens)
     tiles, rows = -(-n // kernel.rows) * token_tiles, kernel.rows // kernel.cluster
     workers = max(1, processors // kernel.cluster)
+    # Bytes of a block of K: fragments, and the tokens' slice, which a cluster reads once.
     weights = rows * 72 / (MEMORY if token_tiles == 1 else CACHE)
-    block = max(rows * kernel.tokens / 64 / RATES[kernel.family], weights + kernel.tokens * 128 / CACHE)
+    brought = weights + kernel.tokens * 128 / kernel.cluster / CACHE
+    block = max(rows * kernel.tokens / 64 / RATES[kernel.family], brought)
     finish = rows * kernel.tokens / 16
 
     def choice(workers: int, streamed: int) -> Choice:
