@@ -198,13 +198,14 @@ class Report:
         """The lines under the table: totals, settings, notes."""
         t = self.totals()
         counts = [f"{n} {name}" for name, n in t["layers"].items() if n]
-        lines = [f"{len(self.rows)} layers: {', '.join(counts) or 'none'}."]
+        plural = "" if len(self.rows) == 1 else "s"
+        lines = [f"{len(self.rows)} layer{plural}: {', '.join(counts) or 'none'}."]
         if t["bytes_before"]:
             share = t["bytes_after"] / t["bytes_before"]
             lines.append(f"Weights: {_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({100 * share:.0f} %).")
         if t["speedup"] is not None:
             lines.append(
-                f"{t['timed']} timed layers, all calls of the sample: {_ms(t['dense_ms'])} ms dense -> "
+                f"{t['timed']} timed layer{'' if t['timed'] == 1 else 's'}, all calls of the sample: {_ms(t['dense_ms'])} ms dense -> "
                 f"{_ms(t['now_ms'])} ms now ({t['speedup']:.2f}x)."
             )
         return lines + self.notes
