@@ -204,8 +204,9 @@ class Report:
             share = t["bytes_after"] / t["bytes_before"]
             lines.append(f"Weights: {_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({100 * share:.0f} %).")
         if t["speedup"] is not None:
+            layers = f"{t['timed']} timed layer{'' if t['timed'] == 1 else 's'}"
             lines.append(
-                f"{t['timed']} timed layer{'' if t['timed'] == 1 else 's'}, all calls of the sample: {_ms(t['dense_ms'])} ms dense -> "
+                f"{layers}, all calls of the sample: {_ms(t['dense_ms'])} ms dense -> "
                 f"{_ms(t['now_ms'])} ms now ({t['speedup']:.2f}x)."
             )
         return lines + self.notes
