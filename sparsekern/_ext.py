@@ -85,6 +85,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
+def why_not_triton_compiler() -> str | None:
+    """Why Triton cannot compile here, card or not, or None where it can."""
+    return _triton_missing()
+
+
 def why_not_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of this device, or None where they can."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
