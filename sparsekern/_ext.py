@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -77,6 +78,9 @@ def _triton_missing() -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
+        return f"the Triton kernels need triton 3.6 or later, this is {version}"
     return None
 
 
