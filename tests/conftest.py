@@ -1,4 +1,5 @@
-"""The `backend` fixture: a numerics test runs on the oracle and on every instruction set of the host kernels.
+"""The `backend` fixture: a numerics test runs on the oracle, on every instruction set of the host kernels, and on
+the Triton kernels in Triton's interpreter (on a machine with a GPU test_bsr_triton.py runs them there instead).
 
 A backend that gives a reason why it cannot run a case must raise it when it is asked for by name; such
 refusals are counted and listed at the end of the run, so that nothing is skipped in silence.
@@ -6,6 +7,7 @@ refusals are counted and listed at the end of the run, so that nothing is skippe
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ import torch
 from emulator.build import build as build_emulator
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton and the kernels are imported, which is later
 
 from sparsekern import _ext, dispatch
 from sparsekern._library import MM, MM_T, SDDMM
@@ -45,7 +50,7 @@ def host_isas() -> list[str]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute: the oracle, or the host kernels at one instruction set. Goes through torch.ops."""
+    """One way to compute: the oracle, the host kernels at one instruction set, Triton. Goes through torch.ops."""
 
     name: str
     isa: str | None = None
@@ -83,7 +88,11 @@ class Backend:
         return SDDMM[layout.format](*layout.parts, dy, x, self.name)
 
 
-BACKENDS = [Backend("ref"), *(Backend("host", isa) for isa in host_isas())]
+BACKENDS = [
+    Backend("ref"),
+    *(Backend("host", isa) for isa in host_isas()),
+    *([Backend("triton")] if _ext.why_not_triton(torch.device("cpu")) is None else []),
+]
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
@@ -120,6 +129,19 @@ def _quiet() -> None:
     """One thread unless a test asks for more: on a busy machine spinning threads cost more than they win."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The interpreter is slow: of the tests with the fixture it takes those marked `interpreted`, others are deselected."""
+
+    def too_slow(item: pytest.Item) -> bool:
+        given = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+        return isinstance(given, Backend) and given.name == "triton" and item.get_closest_marker("interpreted") is None
+
+    slow = [item for item in items if too_slow(item)]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not too_slow(item)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
