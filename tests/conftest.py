@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from emulator.build import build as build_emulator
+from emulator.build import build_probes
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
@@ -108,20 +111,49 @@ def host_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield request.param
 
 
+# On a machine with a GPU the kernels run there; elsewhere in the emulator, under each of its schedules.
+SCHEDULES = ["hardware"] if torch.cuda.is_available() else ["ascending", "descending", "random 1", "random 2"]
+
+
 @pytest.fixture(scope="session")
-def device_module() -> ModuleType:
-    """The GPU kernels as a module: the emulator, built when its sources have changed."""
-    return build_emulator()
+def device_module() -> Any:
+    """The GPU kernels and the probes of single instructions: the emulator, built when its sources have changed."""
+    if SCHEDULES != ["hardware"]:
+        return build_emulator()
+    parts = {**vars(build_probes()), **vars(_ext.cuda())}
+    return SimpleNamespace(**parts, set_schedule=lambda order, seed: None)
 
 
-@pytest.fixture(params=["ascending", "descending", "random 1", "random 2"])
-def emulated(device_module: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The `cuda` backend on CPU tensors, under each of the emulator's schedules."""
-    order, _, seed = request.param.partition(" ")
-    device_module.set_schedule(order, int(seed or 0))
-    _ext.emulate(device_module)
-    yield device_module
-    _ext.emulate(None)
+@contextmanager
+def running_on_device(module: Any, schedule: str) -> Iterator[Any]:
+    """The `cuda` backend: tensors on the GPU, or on the CPU and its kernels emulated under this schedule."""
+    order, _, seed = schedule.partition(" ")
+    if order == "hardware":
+        torch.set_default_device("cuda")
+    else:
+        module.set_schedule(order, int(seed or 0))
+        _ext.emulate(module)
+    try:
+        yield module
+        if order == "hardware":
+            torch.cuda.synchronize()
+    finally:
+        torch.set_default_device(None)
+        _ext.emulate(None)
+
+
+@pytest.fixture(params=SCHEDULES)
+def emulated(device_module: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The `cuda` backend under every schedule."""
+    with running_on_device(device_module, request.param) as module:
+        yield module
+
+
+@pytest.fixture
+def emulated_once(device_module: Any) -> Iterator[Any]:
+    """The `cuda` backend under one random schedule, where what is tested has nothing to do with the order."""
+    with running_on_device(device_module, SCHEDULES[-1]) as module:
+        yield module
 
 
 @pytest.fixture(autouse=True)

@@ -156,7 +156,10 @@ def test_int8(activations: torch.dtype) -> None:
         dense = random_weight("bsr", n, k, torch.int8, 0.6, (16, 32))
         scale = random_scale(n)
         layout = pack("bsr", dense, (16, 32), scale).to(device=DEVICE)
-        wide, result = dense.double() * scale.double()[:, None], torch.float32 if activations == torch.int8 else activations
+        wide, result = (
+            dense.double() * scale.double()[:, None],
+            torch.float32 if activations == torch.int8 else activations,
+        )
         x, bias = matrix(m, k, dtype=activations), matrix(n, dtype=torch.float32, seed=3)
         for most in (0, 1):
             with poisoned():
@@ -399,7 +402,9 @@ def test_convolution_cut_and_shared() -> None:
 def test_configurations_are_legal(dtype: torch.dtype, cc: int) -> None:
     """The heuristic and every candidate of tuning, over a grid of calls."""
     sides = (16, 32, 64, 128)
-    for block, m, density in itertools.product(itertools.product(sides, sides), (0, 1, 17, 64, 700, 65536), (0.0, 0.1, 1.0)):
+    for block, m, density in itertools.product(
+        itertools.product(sides, sides), (0, 1, 17, 64, 700, 65536), (0.0, 0.1, 1.0)
+    ):
         if dtype == torch.int8 and block[1] < 32:
             continue
         for op in ("mm",) if dtype == torch.int8 else ("mm", "mm_t", "sddmm"):

@@ -6,12 +6,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import SCHEDULES
 from torch import Tensor
 
 from sparsekern._ext import CUDA_DTYPES, FP8
 from sparsekern.sp24 import fragments
 from sparsekern.sp24 import pack as pack24
 from sparsekern.sp24.layout import Sp24
+from sparsekern.testing import random_dense
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.int8, FP8)
 WIDE = (torch.bfloat16, torch.float16)
@@ -19,8 +21,7 @@ WIDE = (torch.bfloat16, torch.float16)
 
 def operand(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Small whole numbers: exact in every type, and so are the sums."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-4, 5, (rows, columns), generator=generator).float().to(dtype)
+    return (random_dense(rows, columns, seed=seed) * 2).round().clamp(-4, 4).float().to(dtype)
 
 
 def sparse_operand(rows: int, columns: int, dtype: torch.dtype) -> tuple[Sp24, Tensor]:
@@ -32,7 +33,7 @@ def sparse_operand(rows: int, columns: int, dtype: torch.dtype) -> tuple[Sp24, T
 
 def accumulators(dtype: torch.dtype, *shape: int) -> Tensor:
     kind = torch.int32 if dtype == torch.int8 else torch.float32
-    return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(7)).to(kind)
+    return (random_dense(*shape, seed=7) * 5).round().to(kind)
 
 
 def d_matrix(d: Tensor, rows: int) -> Tensor:
@@ -144,7 +145,7 @@ def test_matrices(emulated: ModuleType) -> None:
 
 
 def test_warp(emulated: ModuleType) -> None:
-    value = torch.randn(32, generator=torch.Generator().manual_seed(3)).view(torch.int32)
+    value = random_dense(32, seed=3).view(torch.int32)
     out = torch.zeros(6, 32, dtype=torch.int32)
     emulated.probe_warp(value.data_ptr(), out.data_ptr())
     lane = torch.arange(32)
@@ -179,6 +180,10 @@ def test_box(emulated: ModuleType, column: int, row: int) -> None:
         assert torch.equal(block.view(torch.uint8).view(16, 8, 16), want)
 
 
+only_emulated = pytest.mark.skipif(SCHEDULES == ["hardware"], reason="the hardware refuses nothing")
+
+
+@only_emulated
 @pytest.mark.parametrize(
     ("which", "message"),
     [
@@ -194,6 +199,7 @@ def test_mistakes_are_found(emulated: ModuleType, which: int, message: str) -> N
         emulated.probe_mistake(which, out.data_ptr())
 
 
+@only_emulated
 def test_what_is_read_too_early_is_poison(device_module: ModuleType) -> None:
     """Under the ascending schedule copies land, and products are performed, no earlier than their wait."""
     device_module.set_schedule("ascending", 0)

@@ -6,15 +6,16 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import SCHEDULES, running_on_device
 from torch import Tensor
 
 import sparsekern as sk
-from sparsekern import _ext, ref
+from sparsekern import ref
 from sparsekern._ext import CUDA_DTYPES, FP8
 from sparsekern.sp24 import config, cuda, fragments
 from sparsekern.sp24 import pack as pack24
 from sparsekern.sp24.layout import Sp24
-from sparsekern.testing import assert_close, poisoned
+from sparsekern.testing import assert_close, poisoned, random_dense
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.int8, FP8)
 KERNELS = 14
@@ -23,15 +24,14 @@ TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 2e-6, tor
 
 
 def weight(n: int, k: int, dtype: torch.dtype, *, scale: bool = False, seed: int = 0) -> Sp24:
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.randn(n, k, generator=generator)
+    dense = random_dense(n, k, seed=seed)
     packed = pack24((dense * 30).round() if dtype == torch.int8 else dense, prune=True)
-    scales = torch.rand(n, generator=generator) + 0.5 if scale else None
+    scales = random_dense(n, seed=seed + 1).sigmoid() + 0.5 if scale else None
     return Sp24(values=packed.values.to(dtype), metadata=packed.metadata, shape=(n, k), scale=scales)
 
 
 def tokens(m: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
+    x = random_dense(m, k, seed=seed)
     return (x * 30).round().to(dtype) if dtype == torch.int8 else x.to(dtype)
 
 
@@ -68,77 +68,59 @@ def test_every_kernel(emulated: ModuleType, number: int) -> None:
             assert error(y, x.double() @ dense_of(layout).t()) < TOLERANCE[out], (kernel.family, dtype, streamed)
 
 
-def test_every_number_of_tokens(device_module: ModuleType) -> None:
+def test_every_number_of_tokens(emulated_once: ModuleType) -> None:
     """M = 1 .. 130 for one shape, by whatever the heuristic takes on a card of three processors."""
-    device_module.set_schedule("random", 5)
-    _ext.emulate(device_module)
-    try:
-        layout = weight(130, 200, torch.bfloat16)
-        x = tokens(130, 200, torch.bfloat16)
-        want = x.double() @ dense_of(layout).t()
-        families = set()
-        for m in range(1, 131):
-            how = cuda.choice(layout, x[:m])
-            families.add(cuda.kernels(1)[how.kernel].family)
-            with poisoned():
-                assert error(cuda.mm(layout, x[:m], None, "none"), want[:m]) < TOLERANCE[torch.bfloat16], m
-        assert len(families) > 1
-    finally:
-        _ext.emulate(None)
+    layout = weight(130, 200, torch.bfloat16)
+    x = tokens(130, 200, torch.bfloat16)
+    want = x.double() @ dense_of(layout).t()
+    families = set()
+    for m in range(1, 131):
+        how = cuda.choice(layout, x[:m])
+        families.add(cuda.kernels(1)[how.kernel].family)
+        with poisoned():
+            assert error(cuda.mm(layout, x[:m], None, "none"), want[:m]) < TOLERANCE[torch.bfloat16], m
+    assert len(families) > 1
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("number", [0, 6, 8])
-def test_epilogue(device_module: ModuleType, number: int, activation: str) -> None:
+def test_epilogue(emulated_once: ModuleType, number: int, activation: str) -> None:
     """Activations, biases of every type, scales of both sides, a residual, every type of output."""
-    device_module.set_schedule("ascending", 0)
-    _ext.emulate(device_module)
-    try:
-        for dtype, out, bias_dtype in (
-            (torch.bfloat16, torch.float32, torch.float32),
-            (torch.float16, torch.float16, torch.bfloat16),
-            (torch.int8, torch.bfloat16, torch.float16),
-        ):
-            layout, x = weight(70, 80, dtype, scale=True), tokens(8, 80, dtype)
-            bias, x_scale = torch.randn(70).to(bias_dtype), torch.rand(8) * (0.01 if dtype == torch.int8 else 1)
-            residual = torch.randn(8, 70).to(out)
-            how = forced(number, 8, 70, 80, dtype, workers=1, streamed=0)
-            with poisoned():
-                y = cuda.mm(layout, x, bias, activation, x_scale=x_scale, residual=residual, out=out, how=how)
-            want = (x.double() @ dense_of(layout).t()) * x_scale[:, None].double() + bias.double()
-            want = ref.ACTIVATIONS[activation](want) + residual.double()
-            assert error(y, want) < 2 * TOLERANCE[out] + 1e-6
-    finally:
-        _ext.emulate(None)
+    for dtype, out, bias_dtype in (
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.float16, torch.bfloat16),
+        (torch.int8, torch.bfloat16, torch.float16),
+    ):
+        layout, x = weight(70, 80, dtype, scale=True), tokens(8, 80, dtype)
+        bias, x_scale = torch.randn(70).to(bias_dtype), torch.rand(8) * (0.01 if dtype == torch.int8 else 1)
+        residual = torch.randn(8, 70).to(out)
+        how = forced(number, 8, 70, 80, dtype, workers=1, streamed=0)
+        with poisoned():
+            y = cuda.mm(layout, x, bias, activation, x_scale=x_scale, residual=residual, out=out, how=how)
+        want = (x.double() @ dense_of(layout).t()) * x_scale[:, None].double() + bias.double()
+        want = ref.ACTIVATIONS[activation](want) + residual.double()
+        assert error(y, want) < 2 * TOLERANCE[out] + 1e-6
 
 
 @pytest.mark.parametrize("number", range(KERNELS))
-def test_int32_sums_are_exact(device_module: ModuleType, number: int) -> None:
-    device_module.set_schedule("random", 3)
-    _ext.emulate(device_module)
-    try:
-        layout, x = weight(90, 272, torch.int8), tokens(8, 272, torch.int8)
-        how = forced(number, 8, 90, 272, torch.int8, workers=2, streamed=2)
-        y = cuda.mm(layout, x, None, "none", out=torch.int32, how=how)
-        assert torch.equal(y.long(), (x.double() @ dense_of(layout).t()).long())
-    finally:
-        _ext.emulate(None)
+def test_int32_sums_are_exact(emulated_once: ModuleType, number: int) -> None:
+    layout, x = weight(90, 272, torch.int8), tokens(8, 272, torch.int8)
+    how = forced(number, 8, 90, 272, torch.int8, workers=2, streamed=2)
+    y = cuda.mm(layout, x, None, "none", out=torch.int32, how=how)
+    assert torch.equal(y.long(), (x.double() @ dense_of(layout).t()).long())
 
 
 def test_results_do_not_depend_on_the_schedule(device_module: ModuleType) -> None:
     """Tiles that several workers share are added up in the order of K, whoever comes last."""
-    _ext.emulate(device_module)
-    try:
-        layout, x = weight(130, 520, torch.float16), tokens(14, 520, torch.float16)
-        for number in (4, 6, 9):
-            how = forced(number, 14, 130, 520, torch.float16, workers=4, streamed=9)
-            seen = []
-            for order, seed in (("ascending", 0), ("descending", 0), ("random", 1), ("random", 2)):
-                device_module.set_schedule(order, seed)
-                seen.append(cuda.mm(layout, x, None, "none", out=torch.float32, how=how))
-            assert all(torch.equal(seen[0], other) for other in seen[1:])
-    finally:
-        _ext.emulate(None)
+    seen: dict[int, list[Tensor]] = {}
+    for schedule in SCHEDULES * (1 if len(SCHEDULES) > 1 else 4):
+        with running_on_device(device_module, schedule):
+            layout, x = weight(130, 520, torch.float16), tokens(14, 520, torch.float16)
+            for number in (4, 6, 9):
+                how = forced(number, 14, 130, 520, torch.float16, workers=4, streamed=9)
+                seen.setdefault(number, []).append(cuda.mm(layout, x, None, "none", out=torch.float32, how=how))
+    for results in seen.values():
+        assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_rows_that_lie_anywhere(emulated: ModuleType) -> None:
@@ -149,7 +131,9 @@ def test_rows_that_lie_anywhere(emulated: ModuleType) -> None:
             wide = tokens(9, k + 19, torch.bfloat16)
             x = wide[:, offset : offset + k]
             assert error(cuda.mm(layout, x, None, "none"), x.double() @ dense_of(layout).t()) < 3e-3
-            assert error(cuda.mm(layout, x.t().contiguous().t(), None, "none"), x.double() @ dense_of(layout).t()) < 3e-3
+            assert (
+                error(cuda.mm(layout, x.t().contiguous().t(), None, "none"), x.double() @ dense_of(layout).t()) < 3e-3
+            )
 
 
 def test_through_the_public_call(emulated: ModuleType) -> None:
