@@ -35,27 +35,15 @@ SK_DEVICE float token_scale(const Epilogue& e, int token, bool valid) {
     return e.x_scale && valid ? e.x_scale[token] : 1.0f;
 }
 
-// Calls f.template operator()<A>() for the run-time activation: the choice is made once, not for every element.
-template <class F>
-SK_DEVICE void with_activation(Activation activation, F f) {
-    switch (activation) {
-        case Activation::relu: f.template operator()<Activation::relu>(); break;
-        case Activation::gelu: f.template operator()<Activation::gelu>(); break;
-        case Activation::gelu_tanh: f.template operator()<Activation::gelu_tanh>(); break;
-        case Activation::silu: f.template operator()<Activation::silu>(); break;
-        default: f.template operator()<Activation::none>(); break;
-    }
-}
-
 // Accumulators stay in their registers while they become outputs; an integer's register then holds a float.
 template <class Acc>
 SK_DEVICE float as_float(Acc acc) {
     return bits_as<float>(acc);
 }
 
-template <Activation A, class Acc>
-SK_DEVICE Acc finish(const RowEpilogue& r, float x_scale, Acc acc) {
-    return bits_as<Acc>(activate<A>(static_cast<float>(acc) * (r.scale * x_scale) + r.bias));
+template <class F, class Acc>
+SK_DEVICE Acc finish(F activate, const RowEpilogue& r, float x_scale, Acc acc) {
+    return bits_as<Acc>(activate(static_cast<float>(acc) * (r.scale * x_scale) + r.bias));
 }
 
 // A finished 32-bit output (float or int32) is the accumulator's register; the residual is added on its way.

@@ -8,10 +8,10 @@ namespace sk::device {
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, e4m3 = 4, i32 = 5 };
 enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 
-SK_DEVICE constexpr int bytes_of(Type t) {
+SK_ANYWHERE constexpr int bytes_of(Type t) {
     return t == Type::f32 || t == Type::i32 ? 4 : t == Type::bf16 || t == Type::f16 ? 2 : 1;
 }
-SK_DEVICE constexpr bool is_wide(Type t) { return bytes_of(t) == 2; }  // 16-bit operands of the tensor cores
+SK_ANYWHERE constexpr bool is_wide(Type t) { return bytes_of(t) == 2; }  // 16-bit operands of the tensor cores
 
 // What a product of two operands of this type is summed in.
 template <Type T>
@@ -114,19 +114,31 @@ SK_DEVICE float error_complement(float x) {
     return p * fast_exp(-x * x);
 }
 
-template <Activation A>
-SK_DEVICE float activate(float x) {
-    if constexpr (A == Activation::relu) return x < 0.0f ? 0.0f : x;  // NaN stays
-    if constexpr (A == Activation::gelu) {
+// The activations as three functions with parameters: fewer copies of the code around them.
+struct Clamp {  // none (no floor) and relu
+    float floor;
+    SK_DEVICE float operator()(float x) const { return x < floor ? floor : x; }  // NaN stays
+};
+struct Gelu {
+    SK_DEVICE float operator()(float x) const {
         const float q = 0.5f * error_complement((x < 0.0f ? -x : x) * 0.70710678f);
         return x * (x < 0.0f ? q : 1.0f - q);
     }
-    // 0.5 (1 + tanh(u)) is 1 / (1 + exp(-2u)).
-    if constexpr (A == Activation::gelu_tanh) {
-        return x * reciprocal(1.0f + fast_exp(-1.5957691f * (x + 0.044715f * x * x * x)));
+};
+struct Gate {  // x / (1 + exp(-(a x + b x^3))): silu, and gelu_tanh, whose 0.5 (1 + tanh(u)) is 1 / (1 + exp(-2u))
+    float a, b;
+    SK_DEVICE float operator()(float x) const { return x * reciprocal(1.0f + fast_exp(-x * (a + b * x * x))); }
+};
+
+// Calls f(function) for the run-time activation: the choice is made once, not for every element.
+template <class F>
+SK_DEVICE void with_activation(Activation activation, F f) {
+    switch (activation) {
+        case Activation::gelu: return f(Gelu{});
+        case Activation::gelu_tanh: return f(Gate{1.5957691f, 1.5957691f * 0.044715f});
+        case Activation::silu: return f(Gate{1.0f, 0.0f});
+        default: return f(Clamp{activation == Activation::relu ? 0.0f : -__builtin_huge_valf()});
     }
-    if constexpr (A == Activation::silu) return x * reciprocal(1.0f + fast_exp(-x));
-    return x;
 }
 
 }  // namespace sk::device

@@ -7,9 +7,11 @@
 #if defined(__CUDACC__)
 #define SK_GPU 1
 #define SK_DEVICE __device__ __forceinline__
+#define SK_ANYWHERE __host__ __device__ __forceinline__
 #define SK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SK_PARAM const __grid_constant__
 #define SK_UNROLL _Pragma("unroll")
+#define SK_UNROLL_2 _Pragma("unroll 2")
 #define SK_NO_UNROLL _Pragma("unroll 1")
 #else
 #include <cstring>
@@ -17,9 +19,11 @@
 #include "engine.h"
 #define SK_GPU 0
 #define SK_DEVICE inline
+#define SK_ANYWHERE inline
 #define SK_KERNEL(threads, blocks) void
 #define SK_PARAM const
 #define SK_UNROLL
+#define SK_UNROLL_2
 #define SK_NO_UNROLL
 #endif
 
@@ -121,7 +125,7 @@ SK_DEVICE T shuffle(T value, uint32_t source) {
 }
 
 // One bit per lane whose predicate holds.
-SK_DEVICE uint32_t ballot(bool predicate) {
+SK_DEVICE uint32_t vote(bool predicate) {
 #if SK_GPU
     return __ballot_sync(0xffffffff, predicate);
 #else
@@ -129,7 +133,7 @@ SK_DEVICE uint32_t ballot(bool predicate) {
         bool in;
         uint32_t out;
     } slot{predicate, 0};
-    emu::meet_warp("ballot", &slot, [](void** slots, void*) {
+    emu::meet_warp("vote", &slot, [](void** slots, void*) {
         uint32_t bits = 0;
         for (uint32_t i = 0; i < 32; ++i) bits |= uint32_t{static_cast<Slot*>(slots[i])->in} << i;
         for (uint32_t i = 0; i < 32; ++i) static_cast<Slot*>(slots[i])->out = bits;

@@ -95,13 +95,13 @@ sp24_decode(SK_PARAM Mm p) {
         const int row = piece.tile * kBlockRows + thread % kBlockRows;
         const Epilogue& e = p.epilogue;
         const RowEpilogue r = row_epilogue(e, row, row < p.n);
-        with_activation(e.activation, [&]<Activation A>() {
+        with_activation(e.activation, [&](auto activate) {
             SK_UNROLL
             for (int i = 0; i < C::kCount; ++i) {
                 const int token = (i * C::kThreads + thread) / kBlockRows;
                 if (row < p.n && token < p.m) {
                     const auto out =
-                        e.out_type == Type::i32 ? sum[i] : finish<A>(r, token_scale(e, token, true), sum[i]);
+                        e.out_type == Type::i32 ? sum[i] : finish(activate, r, token_scale(e, token, true), sum[i]);
                     store_one(e, p.y, p.y_stride, token, row, out);
                 }
             }

@@ -125,7 +125,7 @@ SK_DEVICE void finish_rows(const Mm& p, Acc (&acc)[kTokens / 2], int row0, int t
     if (e.out_type == Type::i32) return;
     const int row = row0 + lane / 4;
     const RowEpilogue r[2] = {row_epilogue(e, row, row < p.n), row_epilogue(e, row + 8, row + 8 < p.n)};
-    with_activation(e.activation, [&]<Activation A>() {
+    with_activation(e.activation, [&](auto activate) {
         SK_UNROLL
         for (int j = 0; j < kTokens / 4; ++j) {  // a column of the lane: tokens 8 (j / 2) + 2t + j % 2
             const int token = token0 + 8 * (j / 2) + 2 * (lane % 4) + j % 2;
@@ -133,7 +133,7 @@ SK_DEVICE void finish_rows(const Mm& p, Acc (&acc)[kTokens / 2], int row0, int t
             SK_UNROLL
             for (int i = 0; i < 2; ++i) {
                 auto& a = acc[4 * (j / 2) + 2 * i + j % 2];
-                a = finish<A>(r[i], scale, a);
+                a = finish(activate, r[i], scale, a);
             }
         }
     });

@@ -31,8 +31,8 @@ template <int kTokens, int kThreads>
 SK_DEVICE void copy_tokens(const Mm& p, int bytes, uint32_t to, int token0, int kb, uint32_t thread) {
     using namespace device;
     const int64_t row_bytes = int64_t{p.k} * bytes;
-    SK_UNROLL
-    for (int i = 0; i < kTokens * 8; i += kThreads) {
+    SK_UNROLL_2  // every piece in flight needs an address
+        for (int i = 0; i < kTokens * 8; i += kThreads) {
         const int token = (i + thread) / 8, chunk = (i + thread) % 8;
         if (kTokens * 8 % kThreads && token >= kTokens) break;
         const uint32_t at = to + token * 128 + (chunk ^ token % 8) * 16;

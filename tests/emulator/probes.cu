@@ -67,7 +67,8 @@ probe_product(const uint32_t* a, const uint32_t* meta, const uint32_t* b, void* 
     for (int j = 0; j < N / 2; ++j) static_cast<Accumulator<T>*>(d)[i * (N / 2) + j] = rd[j];
 }
 
-// in [32][4] -> matrices stored transposed at the lanes' rows -> loaded by ldmatrix -> out [32][4]; also movmatrix of in.
+// in [32][4] -> matrices stored transposed at the lanes' rows -> loaded by ldmatrix -> out [32][4]; also movmatrix of
+// in.
 SK_KERNEL(32, 1) probe_matrices(const uint32_t* in, uint32_t* stored, uint32_t* loaded, uint32_t* moved) {
     char* memory = shared_memory();
     const uint32_t i = lane();
@@ -86,7 +87,7 @@ SK_KERNEL(32, 1) probe_warp(const uint32_t* in, uint32_t* out) {
     const uint32_t i = lane(), value = in[i];
     out[i] = shuffle_xor(value, 5);
     out[32 + i] = shuffle(value, (i * 7 + 3) & 31);
-    out[64 + i] = ballot(value & 1);
+    out[64 + i] = vote(value & 1);
     out[96 + i] = count_bits(value);
     out[128 + i] = pack_pair<Type::bf16>(bits_as<float>(value), bits_as<float>(in[31 - i]));
     out[160 + i] = pack_pair<Type::f16>(bits_as<float>(value), bits_as<float>(in[31 - i]));
@@ -105,7 +106,8 @@ probe_copy(const char* in, uint32_t* out) {
     for (int j = i; j < 8 * kBytes; j += 32) out[j] = reinterpret_cast<const uint32_t*>(memory)[j];
 }
 
-// A cluster of two: each block loads its half of a box of 16 rows to both. out [2][16 * 32] words as they lie in memory.
+// A cluster of two: each block loads its half of a box of 16 rows to both. out [2][16 * 32] words as they lie in
+// memory.
 SK_KERNEL(32, 1) probe_box(SK_PARAM TensorMap map, int column, int row, int bytes, uint32_t* out) {
     char* memory = shared_memory();
     const uint32_t barrier = shared_address(memory + 2048), rank = cluster_rank();
@@ -135,7 +137,7 @@ SK_KERNEL(128, 1) probe_mistake(int which, uint32_t* out) {
         if (i < 16) {
             sync_warp();
         } else {
-            out[i] = ballot(true);
+            out[i] = vote(true);
         }
     }
     if (which == 2 && i == 0) {
@@ -221,8 +223,9 @@ void bind_probes(py::module_& m) {
         launch("box", probe_box, {2, 2, 32, 2048 + 8}, 0, map, column, row, bytes_of(static_cast<Type>(type)),
                at<uint32_t>(out));
     });
-    m.def("probe_mistake",
-          [](int which, uint64_t out) { launch("mistake", probe_mistake, {1, 1, 128, 1024}, 0, which, at<uint32_t>(out)); });
+    m.def("probe_mistake", [](int which, uint64_t out) {
+        launch("mistake", probe_mistake, {1, 1, 128, 1024}, 0, which, at<uint32_t>(out));
+    });
 }
 
 #if SK_GPU
