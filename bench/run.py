@@ -1,4 +1,4 @@
-"""Gate, time, record: python -m bench.run [GROUP ...] [--out FILE] [--repeats N].
+"""Gate, time, record: python -m bench.run [GROUP ...] [--device cuda] [--out FILE] [--repeats N].
 
 Every case is checked before it is timed. A row holds the median and the spread of each variant, each bar with its
 ratio and whether it was met, and the machine; `scripts/results_table` writes the README's tables from these files.
@@ -19,10 +19,10 @@ from rich.table import Table
 from sparsekern.testing import measure, threads
 
 from . import cases as catalogue
-from . import report
+from . import gpu, report
 
 
-def run(case: catalogue.Case, repeats: int) -> dict[str, Any]:
+def run(case: catalogue.Case, repeats: int, device: str = "cpu") -> dict[str, Any]:
     """One row. A failed gate is a row too: with its error and no times."""
     row: dict[str, Any] = {
         "group": case.group,
@@ -37,7 +37,7 @@ def run(case: catalogue.Case, repeats: int) -> dict[str, Any]:
                 case.gate(variants)
         except AssertionError as error:
             return row | {"error": str(error)}
-        timings = measure(variants, repeats=repeats)
+        timings = gpu.measure(variants, repeats) if device == "cuda" else measure(variants, repeats=repeats)
     row["ms"] = {
         name: {"median": t.median * 1e3, "p20": t.p20 * 1e3, "p80": t.p80 * 1e3, "n": t.n}
         for name, t in timings.items()
@@ -72,16 +72,22 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", choices=[*catalogue.GROUPS, []], help="default: all")
+    parser.add_argument("groups", nargs="*", choices=[*catalogue.GROUPS, *gpu.GROUPS, []], help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose groups are run")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     console = report.console()
     rows: list[dict[str, Any]] = []
-    for group in args.groups or catalogue.GROUPS:
+    groups = gpu.GROUPS if args.device == "cuda" else catalogue.GROUPS
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device")
+    if strange := set(args.groups) - set(groups):
+        parser.error(f"{', '.join(sorted(strange))}: not a group of --device {args.device}")
+    for group in args.groups or groups:
         made = []
-        for case in catalogue.GROUPS[group]():
-            row = run(case, args.repeats)
+        for case in groups[group]():
+            row = run(case, args.repeats, args.device)
             made.append(row)
             console.print(f"[dim]{escape(case.name)}[/dim]", highlight=False)
         show(made, console)

@@ -170,7 +170,9 @@ def compile_case(case: Case, cc: int) -> tuple[Any, Config]:
 
 def _convolution(case: Case, how: Config, cc: int) -> Any:
     x, (r, c), columns = NAMES[case.dtype], case.block, case.op == "conv2d_input"
-    ints = dict.fromkeys("pixels grid_h grid_w height width channels size stride_h stride_w".split(), "i32")
+    ints = dict.fromkeys(
+        ["pixels", "grid_h", "grid_w", "height", "width", "channels", "size", "stride_h", "stride_w"], "i32"
+    )
     if case.op == "conv2d_weight":
         arguments = {
             "dy": f"*{x}", "x": f"*{x}", "out": f"*{x}", "row": "*i32", "shifts": "*i32", **ints, "share": "i32",
@@ -182,7 +184,7 @@ def _convolution(case: Case, how: Config, cc: int) -> Any:
     arguments = {
         "x": f"*{x}", "w": f"*{x}", "y": f"*{x}", "partial": "*fp32", "bias": (None,) if columns else f"*{x}",
         "scale": (None,), "items": "*i32", "shifts": "*i32", "gather": "*i32" if columns else (None,), **ints,
-        **dict.fromkeys("y_h y_w first_h first_w step_h step_w count token_tiles".split(), "i32"),
+        **dict.fromkeys(["y_h", "y_w", "first_h", "first_w", "step_h", "step_w", "count", "token_tiles"], "i32"),
         "OUT": (outer,), "IN": (inner,), "TOKENS": (how.tokens,), "DEPTH": (how.depth,), "TRANSPOSED": (columns,),
         "EVEN": (True,), "ACTIVATION": ("none" if columns else "relu",), "PRECISION": (case.precision,),
         "TYPE": (launcher.triton_type(case.dtype),), "SPLIT": (how.most > 0,), "GROUP": (how.group,),
