@@ -118,7 +118,7 @@ def _product(
     partial = torch.empty((work.slots * tiles * how.tokens * outer,), dtype=sums, device=x.device)
     w: Any = layout.values
     given: Any = x
-    tma = how.tma and _maps(x, layout.values)
+    tma = how.tma and w.dtype == x.dtype and _maps(x, w)  # values to be converted pass through registers anyway
     if tma:
         box = (how.depth, outer) if columns else (outer, how.depth)
         given, w = _map(x, how.tokens, how.depth), _map(w.flatten(0, 1), *box)
