@@ -54,6 +54,8 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "gpu": _gpu(),
+        "triton": _version("triton"),
         "sparsekern": _version("sparsekern"),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -66,6 +68,14 @@ def _cpu() -> str:
     except OSError:
         return platform.processor() or "unknown"
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _gpu() -> str | None:
+    """The GPU's name, its memory and the CUDA that torch was built with."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory >> 30} GiB, CUDA {torch.version.cuda}"
 
 
 def _version(package: str) -> str:

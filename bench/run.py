@@ -1,4 +1,4 @@
-"""Gate, time, record: python -m bench.run [GROUP ...] [--out FILE] [--repeats N].
+"""Gate, time, record: python -m bench.run [GROUP ...] [--device cuda] [--out FILE] [--repeats N].
 
 GROUP is one of bench/cases.py; without one, all that the README shows. Every case is checked before it is timed. A row
 holds the median and the spread of each variant, each bar with its ratio and whether it was met, and the machine;
@@ -20,7 +20,7 @@ from rich.table import Table
 from sparsekern.testing import measure, threads
 
 from . import cases as catalogue
-from . import report
+from . import gpu, report
 
 
 def run(case: catalogue.Case, repeats: int) -> dict[str, Any]:
@@ -73,18 +73,27 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", choices=[*catalogue.GROUPS, []], help="default: all that the README shows")
+    known = [*catalogue.GROUPS, *gpu.GROUPS, []]
+    parser.add_argument("groups", nargs="*", choices=known, help="default: all that the README shows")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose groups are run")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     console = report.console()
     rows: list[dict[str, Any]] = []
-    for group in args.groups or catalogue.TABLES:
+    groups = gpu.GROUPS if args.device == "cuda" else catalogue.GROUPS
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device")
+    if strange := set(args.groups) - set(groups):
+        parser.error(f"{', '.join(sorted(strange))}: not a group of --device {args.device}")
+    for group in args.groups or (groups if args.device == "cuda" else catalogue.TABLES):
         made = []
-        for case in catalogue.GROUPS[group]():
-            row = run(case, args.repeats)
+        for case in groups[group]():
+            row = gpu.run(case, args.repeats) if args.device == "cuda" else run(case, args.repeats)
             made.append(row)
             console.print(f"[dim]{escape(case.name)}[/dim]", highlight=False)
+            if args.out:  # after every case: a run that is cut off leaves what it has
+                report.save(args.out, {"machine": report.machine(), "rows": rows + made})
         show(made, console)
         rows += made
     if args.out:

@@ -47,9 +47,9 @@ def linear(
     x [..., K] in the values' type (float32, bfloat16, float16, float64), any strides; w a sparse W[N, K]; bias [N];
     activation None, "relu", "gelu" (exact), "gelu_tanh" or "silu"; backend None to let the dispatcher choose, or a
     name ("host", "ref", ...) that then runs or raises. Returns [..., N] in x's type. int8 and (bsr)
-    float8_e4m3fn weights take float activations (weight * scale), or such of their own type with a float32 result. Differentiable in x, values and bias.
-    Raises ValueError for shapes, types or devices that do not fit, NotImplementedError where an explicit backend
-    cannot run the call.
+    float8_e4m3fn weights take float activations (weight * scale), or such of their own type with a float32 result.
+    Differentiable in x, values and bias. Raises ValueError for shapes, types or devices that do not fit,
+    NotImplementedError where an explicit backend cannot run the call.
     """
     return linear_layout(layout_of(w), x, bias, activation, backend)
 

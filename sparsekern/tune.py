@@ -140,6 +140,7 @@ _disabled = 0
 _entries: dict[Path, dict[str, Record]] = {}
 _unsaved: dict[Path, dict[str, Record]] = {}
 _chosen: dict[Any, str | None] = {}
+_generation = 0
 
 
 def enabled() -> bool:
@@ -187,7 +188,7 @@ def store(case: Case, record: Record) -> None:
     place = path(case.device)
     _table(place)[case.key] = record
     _unsaved.setdefault(place, {})[case.key] = record
-    _chosen.clear()
+    _changed()
 
 
 def save() -> None:
@@ -208,16 +209,27 @@ def discard() -> None:
 
 def clear() -> None:
     """Forgets every measurement, in this process and on disk."""
-    for table in (_entries, _unsaved, _chosen):
-        table.clear()
+    forget()
     for place in directory().glob("tune-*.json"):
         place.unlink(missing_ok=True)
 
 
 def forget() -> None:
     """Forgets what this process has read, not what is on disk."""
-    for table in (_entries, _unsaved, _chosen):
+    for table in (_entries, _unsaved):
         table.clear()
+    _changed()
+
+
+def generation() -> int:
+    """Another number whenever something else may be known: what was concluded before may be wrong."""
+    return _generation
+
+
+def _changed() -> None:
+    global _generation
+    _generation += 1
+    _chosen.clear()
 
 
 def _table(place: Path) -> dict[str, Record]:

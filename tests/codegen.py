@@ -93,7 +93,8 @@ def cases(kind: str) -> Iterator[Case]:
 def chosen(case: Case, cc: int) -> Config:
     op = {"conv2d": "mm", "conv2d_input": "mm_t", "conv2d_weight": "sddmm"}.get(case.op, case.op)
     made = config(op, case.m, 4096, 4096, case.block, case.dtype, 0.5, cc, precision=case.precision)
-    return made if case.tma is None else replace(made, tma=case.tma and cc >= 90)
+    maps = made.tma if case.tma is None else case.tma and cc >= 90
+    return replace(made, tma=maps and case.weight == case.dtype)
 
 
 _SEEN: set[Any] = set()
@@ -170,7 +171,9 @@ def compile_case(case: Case, cc: int) -> tuple[Any, Config]:
 
 def _convolution(case: Case, how: Config, cc: int) -> Any:
     x, (r, c), columns = NAMES[case.dtype], case.block, case.op == "conv2d_input"
-    ints = dict.fromkeys(["pixels", "grid_h", "grid_w", "height", "width", "channels", "size", "stride_h", "stride_w"], "i32")
+    ints = dict.fromkeys(
+        ["pixels", "grid_h", "grid_w", "height", "width", "channels", "size", "stride_h", "stride_w"], "i32"
+    )
     if case.op == "conv2d_weight":
         arguments = {
             "dy": f"*{x}", "x": f"*{x}", "out": f"*{x}", "row": "*i32", "shifts": "*i32", **ints, "share": "i32",

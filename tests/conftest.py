@@ -164,7 +164,7 @@ def _quiet() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The interpreter is slow: of the tests with the fixture it takes those marked `interpreted`, others are deselected."""
+    """The interpreter is slow: of the tests with the fixture it runs those marked `interpreted`, no others."""
 
     def too_slow(item: pytest.Item) -> bool:
         given = getattr(getattr(item, "callspec", None), "params", {}).get("backend")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import sparsekern as sk
-from sparsekern import _ext
+from sparsekern import _ext, tune
 from sparsekern.bsr import triton as launcher
 from sparsekern.bsr import update_topology, work
 from sparsekern.bsr.config import Config, candidates, config, why_illegal
@@ -46,7 +48,7 @@ MISSING = _ext.why_not_triton(DEVICE)
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-# Ways to run a product beside the heuristic's: rows cut at every block and tokens in shares; tensor maps; a program a tile.
+# As the heuristic says; rows cut at every block and tokens in shares; tensor maps; a program a tile.
 WAYS = {"plain": {}, "cut": {"most": 1, "parts": 3}, "maps": {"tma": True}, "tiles": {"resident": 0, "group": 1}}
 
 
@@ -62,7 +64,7 @@ def matrix(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
 
 def how(op: str, layout: Bsr, x: Tensor, **changes: object) -> Config:
     """The heuristic's configuration with changes."""
-    return replace(launcher.heuristic(op, layout, x, x.shape[0]), **changes)
+    return replace(launcher.chosen(op, layout, x, x.shape[0]), **changes)
 
 
 def at_stored(layout: Bsr, dense: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ def test_int8(activations: torch.dtype) -> None:
 
 
 def test_fp8() -> None:
-    """float8_e4m3fn values with a scale per row, with activations of their own type (float32 out) and with float ones."""
+    """float8_e4m3fn values with a scale per row; activations of their own type (float32 out) and float ones."""
     n, k, m = 40, 96, 20
     kind = torch.float8_e4m3fn
     dense = random_weight("bsr", n, k, torch.float32, 0.6, (16, 32)).to(kind)
@@ -433,6 +435,35 @@ def test_illegal_configurations_say_why() -> None:
         ({"warps": 1}, 90, "registers"),
     ):
         assert why in str(why_illegal("mm", replace(good, **changes), (64, 64), torch.bfloat16, cc))
+
+
+def test_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The fastest configuration that was measured is taken, as long as it is known; the rest is the heuristic's."""
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path))
+    monkeypatch.delenv("SPARSEKERN_TUNE", raising=False)
+    _, layout = weight(64, 64, (32, 32), torch.float16)
+    x = matrix(20, 64, dtype=torch.float16)
+    own = launcher.chosen("mm", layout, x, 20)
+    right, calls = launcher.mm(layout, x, None, "none"), itertools.count()
+
+    def timer(call: Callable[[], Tensor]) -> float:
+        assert_close(call(), right.cpu().double(), tol=1e-3)
+        turn = next(calls)
+        if turn == 2:
+            raise RuntimeError("out of resources")
+        return 1.0 + abs(turn - 3)
+
+    times = launcher.tune("mm", layout, x, timer)
+    best = next(iter(times))
+    assert times[best] == 1.0
+    assert own in times
+    assert best != own
+    if ON_GPU:
+        assert launcher.chosen("mm", layout, x, 20) == best
+        tune.clear()
+    assert launcher.chosen("mm", layout, x, 20) == own
+    with pytest.raises(ValueError, match="needs dy"):
+        launcher.tune("sddmm", layout, x, timer)
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,9 @@ def config(
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     made = _sddmm(m, block, dtype, precision) if op == "sddmm" else _mm(op, m, block, dtype, precision, cc)
-    made = _fitting(op, replace(made, tma=cc >= 90 and dtype.itemsize == 2 and made.tokens >= 64), block, dtype, cc)
+    made = _fitting(
+        op, replace(made, tma=cc // 10 in (9, 10) and dtype.itemsize == 2 and made.tokens >= 64), block, dtype, cc
+    )
     stored = density * -(-n // block[0]) * -(-k // block[1])
     if op == "sddmm":
         return replace(made, parts=_parts(stored, m, made.tokens, sms))

@@ -7,14 +7,15 @@ waits for the device once the list is there. TRITON_INTERPRET=1 runs the same ke
 from __future__ import annotations
 
 import os
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._ext import FP8, capability, known_bias, multiprocessors, unit_rows, why_not_triton
-from .config import LARGEST, PRECISIONS, SMALLEST, Config, config, sides
+from . import tuning
+from .config import LARGEST, PRECISIONS, SMALLEST, Config, sides
 from .layout import Bsr
 from .work import by_columns, rows_of, work_list
 
@@ -105,7 +106,7 @@ def _product(
     (m, size), inner_size = y.shape, x.shape[1]
     if m == 0 or size == 0:
         return y
-    how = how or heuristic(op, layout, x, m)
+    how = how or chosen(op, layout, x, m)
     kernels, columns = _kernels(), op == "mm_t"
     outer, inner = sides(op, layout.block)
     place, gather = by_columns(layout)[1:] if columns else (layout.col, None)
@@ -117,7 +118,7 @@ def _product(
     partial = torch.empty((work.slots * tiles * how.tokens * outer,), dtype=sums, device=x.device)
     w: Any = layout.values
     given: Any = x
-    tma = how.tma and _maps(x, layout.values)
+    tma = how.tma and w.dtype == x.dtype and _maps(x, w)  # values to be converted pass through registers anyway
     if tma:
         box = (how.depth, outer) if columns else (outer, how.depth)
         given, w = _map(x, how.tokens, how.depth), _map(w.flatten(0, 1), *box)
@@ -154,7 +155,7 @@ def sddmm(layout: Bsr, dy: Tensor, x: Tensor, how: Config | None = None) -> Tens
         return out
     if m == 0:
         return out.zero_()
-    how = how or heuristic("sddmm", layout, x, m)
+    how = how or chosen("sddmm", layout, x, m)
     kernels, row = _kernels(), rows_of(layout)
     share = -(-m // (how.parts * how.tokens)) * how.tokens
     parts = -(-m // share)
@@ -179,16 +180,27 @@ def add_parts(sums: Tensor, out: Tensor) -> None:
     _kernels().add_parts[grid](sums, out, out.numel(), sums.shape[0], WIDTH=1024, num_warps=4)
 
 
-def heuristic(op: str, layout: Bsr, x: Tensor, m: int) -> Config:
-    """The heuristic's choice for m rows of x's type; calls with equal sizes share it."""
-    (nb, kb), precision = layout.grid, fp32_precision() if x.dtype == torch.float32 else "ieee"
-    density = layout.values.shape[0] / max(nb * kb, 1)
-    return _remembered(
-        op, m, *layout.shape, layout.block, x.dtype, density, capability(x.device), multiprocessors(x.device), precision
-    )
+def chosen(op: str, layout: Bsr, x: Tensor, m: int) -> Config:
+    """The configuration for m rows of x's type: measured or the heuristic's; calls with equal sizes share it."""
+    return tuning.chosen(op, layout, x, m, fp32_precision() if x.dtype == torch.float32 else "ieee")
 
 
-_remembered = lru_cache(maxsize=4096)(config)
+def tune(op: str, layout: Bsr, x: Tensor, timer: tuning.Timer, dy: Tensor | None = None) -> dict[Config, float]:
+    """Measures every candidate of a product and remembers the times: {configuration: seconds}, the fastest first.
+
+    x [M, K] (mm, sddmm) or [M, N] (mm_t); dy [M, N] for sddmm; timer(call): the seconds that a call takes.
+    """
+    if op == "sddmm" and dy is None:
+        raise ValueError("sddmm needs dy")
+
+    def run(how: Config) -> Tensor:
+        if op == "mm":
+            return mm(layout, x, None, "none", how=how)
+        return mm_t(layout, x, how=how) if dy is None else sddmm(layout, dy, x, how)
+
+    precision = fp32_precision() if x.dtype == torch.float32 else "ieee"
+    times = dict(tuning.search(op, layout, x, run, timer, precision))
+    return dict(sorted(times.items(), key=lambda pair: pair[1]))
 
 
 @cache

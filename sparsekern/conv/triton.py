@@ -206,7 +206,7 @@ def _backward(layout: Bsr, g: Geometry, phase: tuple[int, int], most: int) -> Wa
 
 
 def _config(op: str, layout: Bsr, x: Tensor, pixels: int) -> Config:
-    return replace(product.heuristic(op, layout, x, pixels), tma=False)
+    return replace(product.chosen(op, layout, x, pixels), tma=False)
 
 
 @cache
