@@ -233,6 +233,7 @@ class _Walk(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, model: nn.Module) -> None:
         super().__init__(graph)
+        self.model = model
         self.names = {id(m): n for n, m in reversed(list(model.named_modules()))}
         self.labels: dict[fx.Node, Any] = {}
         self.parent = [0]
@@ -277,7 +278,7 @@ class _Walk(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor) or n.op == "output" or any(map(self._labelled, n.all_input_nodes)):
             found = self._label(n, value)
-            if isinstance(value, Tensor) and found.shape != value.shape:
+            if isinstance(found, Tensor) and found.shape != value.shape:
                 found = found.expand(value.shape)
             self.labels[n] = found
         return value
@@ -409,7 +410,7 @@ class _Walk(fx.Interpreter):
         if not isinstance(value, nn.Parameter) or not wide:
             return torch.zeros(value.shape, dtype=torch.int64)
         dim = wide[0] if len(wide) == 1 else value.dim() - 1
-        module = self.module.get_submodule(owner)
+        module = self.model.get_submodule(owner)  # self.module holds copies of what is not a leaf
         labels = self._record(self.names.get(id(module), owner), module, name, dim, value.shape[dim], "through")
         return labels.reshape([-1 if d == dim else 1 for d in range(value.dim())]).expand(value.shape)
 
