@@ -71,7 +71,7 @@ class NM(Pattern):
         rows = matrix if self.axis == 1 else matrix.t()
         k = rows.shape[1]
         # Padding scores below every weight, so that a ragged group keeps real entries.
-        groups = torch.nn.functional.pad(rows, (0, -k % self.group), value=-1.0).unflatten(1, (-1, self.group))
+        groups = torch.nn.functional.pad(rows, (0, -k % self.group), value=-math.inf).unflatten(1, (-1, self.group))
         best = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.keep]
         kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(1)[:, :k]
         kept = kept if self.axis == 1 else kept.t()
