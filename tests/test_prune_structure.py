@@ -206,7 +206,11 @@ def test_residual_channels_go_together() -> None:
     }
     stem = groups["stem.0+blocks.0.conv2"]
     assert stem.units == 8
-    assert {s.key for s in stem.role("in")} == {"blocks.0.conv1.weight", "blocks.1.conv1.weight", "blocks.1.short.weight"}
+    assert {s.key for s in stem.role("in")} == {
+        "blocks.0.conv1.weight",
+        "blocks.1.conv1.weight",
+        "blocks.1.short.weight",
+    }
     assert {s.layer for s in stem.role("through")} == {"stem.1", "blocks.0.bn2"}
     assert {s.parameter for s in stem.role("buffer")} == {"running_mean", "running_var"}
 

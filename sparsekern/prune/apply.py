@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from . import score
+from .calibrate import evaluating, feed, repeatable
 from .groups import Slice
+from .layers import Filter, is_layer, layers, oriented, weight_of, weight_parameter
 from .mask import finalize_, mask_of, set_mask
 from .pattern import STRUCTURAL, Layers, Pattern, min_of, pattern_of
 from .structure import container_of, drop_layers_, groups_of, layer_shapes, mask_groups_
 
-Filter = Callable[[nn.Module, str], bool]
 Criterion = str | Callable[[nn.Module, str], Tensor] | Mapping[str, Tensor]
 
 
@@ -39,11 +38,11 @@ def prune_(
 
     pattern: what may stay, a Pattern or its name (`pattern_of`); sparsity: the share to remove, for all but
     N:M, which has its own, or {layer: share}, where layers without one are left alone. criterion: how much a
-    weight matters: a name that `score.scores` knows, with its `data`, `loss` and `options`; a function
+    weight matters: a name that `scores` knows, with its `data`, `loss` and `options`; a function
     (module, name) -> scores shaped like the weight; or {layer: scores}. p: weights join to blocks as sum
     |w|^p (inf: the largest). filter_fn(module, name) chooses the layers.
 
-    Weight patterns prune Linears and Conv2ds. With keep_mask the mask stays through fine-tuning as a
+    Weight patterns prune Linears, Conv2ds and transformers' Conv1Ds. With keep_mask the mask stays through fine-tuning as a
     parametrization (end it with `finalize_`, or let `convert_` do so); else the zeros are written into the
     weight and nothing is left. What is masked already stays so: pruning again goes further.
 
@@ -55,13 +54,13 @@ def prune_(
     are left alone with a warning that says why. Raises ValueError for settings that cannot be.
     """
     rule = pattern_of(pattern)
-    if data is not None and not isinstance(data, (list, tuple)):
-        data = list(data)  # scores and sample both read it
+    data = None if data is None else repeatable(data)  # scores and sample both read it
     ask = _Scores(model, criterion, data, loss, p, options)
     if isinstance(rule, STRUCTURAL):
-        sample = _first(data) if sample is None and data else sample
+        if sample is None and data is not None and "forward" not in options:
+            sample = next(iter(data), None)
         return _structural(model, rule, sparsity, ask, data, sample, filter_fn, keep_mask)
-    targets = _targets(model, filter_fn)
+    targets = layers(model, filter_fn)
     if isinstance(sparsity, Mapping):
         _check_names(sparsity, targets)
         targets = [(name, module) for name, module in targets if name in sparsity]
@@ -70,10 +69,10 @@ def prune_(
         shares = sparsity
     masks = rule.masks(ask.weights(targets), shares, p=p, alive=_alive([module for _, module in targets]))
     for (_, module), mask in zip(targets, masks, strict=True):
-        set_mask(module, mask, pattern=rule)
+        set_mask(module, oriented(module, mask), pattern=rule)
     by_weight = {id(weight_parameter(module)): mask for (_, module), mask in zip(targets, masks, strict=True)}
     for _, module in _twins(model, by_weight, targets):
-        set_mask(module, by_weight[id(weight_parameter(module))], pattern=rule)
+        set_mask(module, oriented(module, by_weight[id(weight_parameter(module))]), pattern=rule)
     if not keep_mask:
         finalize_(model)
     return {name: 1 - density(mask) for (name, _), mask in zip(targets, masks, strict=True)}
@@ -111,13 +110,13 @@ class _Scores:
         """The scores of these layers' weights, each of its weight's shape."""
         found = self.named(targets)
         for name, module in targets:
-            shape, got = module.weight.shape, found[name].shape  # type: ignore[union-attr]
+            shape, got = weight_of(module).shape, found[name].shape
             if shape != got:
                 raise ValueError(
-                    f"{name}: the criterion gives scores of shape {tuple(got)} for a weight {tuple(shape)}; "  # type: ignore[arg-type]
+                    f"{name}: the criterion gives scores of shape {tuple(got)} for a weight {tuple(shape)}; "
                     "one score per channel suits the pattern 'channels'"
                 )
-        return [found[name] for name, _ in targets]
+        return [oriented(module, found[name]) for name, module in targets]
 
     def named(self, targets: list[tuple[str, nn.Module]]) -> dict[str, Tensor]:
         if isinstance(self.criterion, Mapping):
@@ -127,7 +126,10 @@ class _Scores:
             return dict(self.criterion)
         if callable(self.criterion):
             return {name: self.criterion(module, name) for name, module in targets}
-        return score_by_name(self.model, self.criterion, targets, self.data, self.loss, self.p, self.options)
+        options = {"p": self.p, **self.options} if self.criterion == "magnitude" else self.options
+        chosen = {id(module) for _, module in targets}
+        pick = lambda module, name: id(module) in chosen  # noqa: E731
+        return score.scores(self.model, self.criterion, data=self.data, loss=self.loss, filter_fn=pick, **options)
 
     def slices(self, layers: list[tuple[str, nn.Module]]) -> Callable[[Slice], Tensor | None]:
         """The scores of the slices of groups; by magnitude also of parameters that are no layer's weight."""
@@ -143,36 +145,9 @@ class _Scores:
         return of
 
 
-def score_by_name(
-    model: nn.Module,
-    criterion: str,
-    targets: list[tuple[str, nn.Module]],
-    data: Iterable[Any] | None,
-    loss: Callable[..., Tensor] | None,
-    p: float,
-    options: dict[str, Any],
-) -> dict[str, Tensor]:
-    """{layer: scores} of a criterion known by its name."""
-    if criterion == "magnitude":
-        return {name: score.magnitude(module.weight, p) for name, module in targets}  # type: ignore[arg-type]
-    if criterion == "random":
-        generator = torch.Generator().manual_seed(options.get("seed", 0))
-        return {n: torch.rand(m.weight.shape, generator=generator) for n, m in targets}  # type: ignore[arg-type, union-attr]
-    raise ValueError(f"criterion must be 'magnitude' or 'random', got {criterion!r}")
-
-
 def density(mask: Tensor) -> float:
     """The share of True (or nonzero) entries; 0 for an empty tensor."""
     return int(torch.count_nonzero(mask)) / mask.numel() if mask.numel() else 0.0
-
-
-def weight_parameter(module: Any) -> nn.Parameter | None:
-    """The parameter behind `module.weight`, masked or not; None where there is no single one."""
-    if mask_of(module) is not None:
-        original = getattr(module.parametrizations["weight"], "original", None)
-        return original if isinstance(original, nn.Parameter) else None
-    weight = module._parameters.get("weight")
-    return weight if isinstance(weight, nn.Parameter) else None
 
 
 # Structures -------------------------------------------------------------------------------------------------
@@ -196,7 +171,7 @@ def _structural(
         unknown = set(sparsity) - known
         if unknown:
             raise ValueError(f"no group of {rule} is made by {', '.join(sorted(unknown))}")
-    layers = {s.layer: s.module for g in groups for s in g.slices if s.role in ("out", "in") and _prunable(s.module)}
+    layers = {s.layer: s.module for g in groups for s in g.slices if s.role in ("out", "in") and is_layer(s.module)}
     result = mask_groups_(groups, rule, sparsity, ask.slices(list(layers.items())))
     if not keep_mask:
         finalize_(model)
@@ -238,36 +213,19 @@ def _layers(
 
 
 def _mean_score(layer: nn.Module, name: str, ask: _Scores) -> float:
-    inside = [(f"{name}.{n}" if n else name, m) for n, m in layer.named_modules() if _prunable(m)]
+    inside = [(f"{name}.{n}" if n else name, m) for n, m in layer.named_modules() if is_layer(m)]
     scores = ask.named(inside)
     count = sum(scores[n].numel() for n, _ in inside)
     return sum(float(scores[n].double().sum()) for n, _ in inside) / count if count else 0.0
 
 
-@torch.no_grad()
-def _run(model: nn.Module, batches: list[Any]) -> None:
-    training = model.training
-    model.eval()
-    for batch in batches:
-        inputs = _first([batch])
-        if isinstance(inputs, Mapping):
-            model(**inputs)
-        else:
-            model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-    model.train(training)
-
-
-def _first(data: Iterable[Any]) -> Any:
-    """The model's inputs in the first batch; of (inputs, labels), as loaders give it, the inputs."""
-    batch = next(iter(data))
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+def _run(model: nn.Module, batches: Iterable[Any]) -> None:
+    with evaluating(model):
+        for batch in batches:
+            feed(model, batch)
 
 
 # Which layers -----------------------------------------------------------------------------------------------
-
-
-def _prunable(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d))
 
 
 def _check_names(sparsity: Mapping[str, float], targets: list[tuple[str, nn.Module]]) -> None:
@@ -277,56 +235,14 @@ def _check_names(sparsity: Mapping[str, float], targets: list[tuple[str, nn.Modu
 
 
 def _alive(modules: list[nn.Module]) -> list[Tensor] | None:
-    """What earlier masks left of each weight; None where there is no mask."""
+    """What earlier masks left of each weight, outputs first; None where there is no mask."""
     masks = [mask_of(module) for module in modules]
     if not any(m is not None for m in masks):
         return None
     return [
-        m.mask if m is not None else torch.ones_like(module.weight, dtype=torch.bool)  # type: ignore[arg-type]
+        oriented(module, m.mask if m is not None else torch.ones_like(weight_of(module), dtype=torch.bool))
         for m, module in zip(masks, modules, strict=True)
     ]
-
-
-def _targets(model: nn.Module, filter_fn: Filter | None) -> list[tuple[str, nn.Module]]:
-    users: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(module)
-    targets, seen = [], set()
-    for name, module in model.named_modules():
-        if not _prunable(module) or (filter_fn is not None and not filter_fn(module, name)):
-            continue
-        reason = _why_not(module, users)
-        if reason is not None:
-            warnings.warn(f"{name or type(module).__name__} is not pruned: {reason}", stacklevel=3)
-            continue
-        weight = weight_parameter(module)
-        if id(weight) not in seen:
-            seen.add(id(weight))
-            targets.append((name, module))
-    return targets
-
-
-def _why_not(module: nn.Module, users: dict[int, list[nn.Module]]) -> str | None:
-    if parametrize.is_parametrized(module, "weight") and mask_of(module) is None:
-        return "its weight has a parametrization of another kind"
-    weight = weight_parameter(module)
-    if weight is None:
-        return "its weight is no parameter of its own (torch.nn.utils.prune? remove that mask first)"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "it is lazy and not initialised yet"
-    if weight.is_meta or not weight.is_floating_point():
-        return f"its weight is {weight.dtype} on {weight.device}"
-    others = [type(m).__name__ for m in users.get(id(weight), []) if not _prunable(m) and not _holds_mask(m)]
-    if others:
-        return f"its weight is tied to a {others[0]}, which would be pruned with it"
-    return None
-
-
-def _holds_mask(module: nn.Module) -> bool:
-    """True for the list that torch keeps a parametrized weight in."""
-    return isinstance(module, parametrize.ParametrizationList)
 
 
 def _twins(
@@ -337,5 +253,5 @@ def _twins(
     return [
         (name, module)
         for name, module in model.named_modules()
-        if _prunable(module) and id(module) not in done and id(weight_parameter(module)) in by_weight
+        if is_layer(module) and id(module) not in done and id(weight_parameter(module)) in by_weight
     ]

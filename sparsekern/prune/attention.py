@@ -109,7 +109,7 @@ class NarrowAttention(nn.MultiheadAttention):
     call. `shrink_` turns a module into one; it is not constructed by itself.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,

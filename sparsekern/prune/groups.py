@@ -377,7 +377,7 @@ class _Walk(fx.Interpreter):
         if name in ("view", "reshape", "expand"):
             sizes = n.args[1] if len(n.args) == 2 and isinstance(n.args[1], (tuple, list)) else n.args[1:]
             sizes = n.kwargs.get("shape", n.kwargs.get("size", sizes))  # type: ignore[assignment]
-            stated = {d for d, s in enumerate(sizes) if isinstance(s, int) and s != -1}  # type: ignore[arg-type]
+            stated = {d for d, s in enumerate(sizes) if isinstance(s, int) and s != -1}
             if stated & set(varying):
                 self.pin(first, f"{name} states their number in the code")
                 return torch.zeros_like(moved)

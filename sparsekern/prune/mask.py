@@ -7,13 +7,14 @@ whatever the optimizer, its momentum or its weight decay do to the original.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .pattern import Pattern
+if TYPE_CHECKING:
+    from .pattern import Pattern
 
 
 class Mask(nn.Module):
@@ -77,7 +78,7 @@ def masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Mask]]:
     """(module's name, module, parameter's name, mask) of every masked parameter."""
     for name, module in model.named_modules():
         steps = module.parametrizations if parametrize.is_parametrized(module) else {}
-        for parameter in list(steps):  # type: ignore[arg-type]
+        for parameter in list(steps):
             mask = mask_of(module, parameter)
             if mask is not None:
                 yield name, module, parameter, mask

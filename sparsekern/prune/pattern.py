@@ -153,7 +153,7 @@ class Transposable(Pattern):
         flat = tiles.reshape(-1, 16)
         table = tiles_24().to(flat.device)
         weights = table.to(flat.dtype).t()
-        choice = torch.cat([(part @ weights).argmax(1) for part in flat.split(1 << 16)]) if len(flat) else []
+        choice = torch.cat([(part @ weights).argmax(1) for part in flat.split(1 << 16)])
         kept = table[choice].reshape(tiles.shape).transpose(1, 2).reshape(padded.shape)[:n, :k]
         mask = _weight(kept, scores.shape, self.order)
         return mask if alive is None else mask & alive

@@ -278,8 +278,8 @@ def layer_shapes(model: nn.Module, container: Any, run: Callable[[], None]) -> d
             if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape != y.shape:
                 seen.setdefault(i, []).append((False, math.inf))
                 return
-            flat = (t.double().reshape(-1, t.shape[-1]) for t in (x, y))
-            seen.setdefault(i, []).append((True, 1 - float(nn.functional.cosine_similarity(*flat, dim=-1).mean())))
+            a, b = (t.double().reshape(-1, t.shape[-1]) for t in (x, y))
+            seen.setdefault(i, []).append((True, 1 - float(nn.functional.cosine_similarity(a, b, dim=-1).mean())))
 
         return look
 
