@@ -42,9 +42,9 @@ def prune_(
     (module, name) -> scores shaped like the weight; or {layer: scores}. p: weights join to blocks as sum
     |w|^p (inf: the largest). filter_fn(module, name) chooses the layers.
 
-    Weight patterns prune Linears, Conv2ds and transformers' Conv1Ds. With keep_mask the mask stays through fine-tuning as a
-    parametrization (end it with `finalize_`, or let `convert_` do so); else the zeros are written into the
-    weight and nothing is left. What is masked already stays so: pruning again goes further.
+    Weight patterns prune Linears, Conv2ds and transformers' Conv1Ds. With keep_mask the mask stays through
+    fine-tuning as a parametrization (end it with `finalize_`, or let `convert_` do so); else the zeros are
+    written into the weight and nothing is left. What is masked already stays so: pruning again goes further.
 
     Channels and Heads mask all that belongs to a unit, `shrink_` then makes the layers smaller. Channels
     need a `sample` of the model's inputs (default: the first batch of data). Layers are taken out at once.
