@@ -5,6 +5,8 @@ from .apply import magnitude_, prune_
 from .attention import head_groups
 from .calibrate import Call
 from .groups import channel_groups
+from .grow import SET, RigL, erk
+from .learn import LearnableMask, freeze_masks_, sr_ste_
 from .mask import Mask, apply_masks_, finalize_, hold_zeros_, mask_of, masks_of, set_mask
 from .pattern import (
     NM,
@@ -18,6 +20,8 @@ from .pattern import (
     Vector,
     pattern_of,
 )
+from .regularise import bn_l1, group_lasso, l1
+from .schedule import Gradual, Ice, Iterative, LotteryTicket, OneShot, Schedule, fit, reinitialise_
 from .score import CRITERIA, scores
 from .score_gradient import Movement
 from .structure import shrink_
@@ -25,31 +29,48 @@ from .structure import shrink_
 __all__ = [
     "CRITERIA",
     "NM",
+    "SET",
     "Block",
     "Call",
     "Channels",
+    "Gradual",
     "Heads",
+    "Ice",
+    "Iterative",
     "Layers",
+    "LearnableMask",
+    "LotteryTicket",
     "Mask",
     "Movement",
+    "OneShot",
     "Pattern",
+    "RigL",
+    "Schedule",
     "Transposable",
     "Unstructured",
     "Vector",
     "apply_masks_",
+    "bn_l1",
     "channel_groups",
+    "erk",
     "finalize_",
+    "fit",
+    "freeze_masks_",
+    "group_lasso",
     "head_groups",
     "hold_zeros_",
+    "l1",
     "magnitude_",
     "mask_of",
     "masks_of",
     "pattern_of",
     "prune_",
+    "reinitialise_",
     "score",
     "score_activation",
     "score_gradient",
     "scores",
     "set_mask",
     "shrink_",
+    "sr_ste_",
 ]
