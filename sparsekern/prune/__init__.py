@@ -20,6 +20,7 @@ from .pattern import (
     Vector,
     pattern_of,
 )
+from .permute import Permutation, Permuted, permute_
 from .regularise import bn_l1, group_lasso, l1
 from .schedule import Gradual, Ice, Iterative, LotteryTicket, OneShot, Schedule, fit, reinitialise_
 from .score import CRITERIA, scores
@@ -44,6 +45,8 @@ __all__ = [
     "Movement",
     "OneShot",
     "Pattern",
+    "Permutation",
+    "Permuted",
     "RigL",
     "Schedule",
     "Transposable",
@@ -64,6 +67,7 @@ __all__ = [
     "mask_of",
     "masks_of",
     "pattern_of",
+    "permute_",
     "prune_",
     "reinitialise_",
     "score",
