@@ -4,10 +4,12 @@ from . import score, score_activation, score_gradient
 from .apply import magnitude_, prune_
 from .attention import head_groups
 from .calibrate import Call
+from .curve import Curve, Sensitivity, curve, sensitivity
 from .groups import channel_groups
 from .grow import SET, RigL, erk
 from .learn import LearnableMask, freeze_masks_, sr_ste_
 from .mask import Mask, apply_masks_, finalize_, hold_zeros_, mask_of, masks_of, set_mask
+from .metrics import Result, Size, Speed, evaluate_pruned, size_of, speed_of
 from .pattern import (
     NM,
     Block,
@@ -34,6 +36,7 @@ __all__ = [
     "Block",
     "Call",
     "Channels",
+    "Curve",
     "Gradual",
     "Heads",
     "Ice",
@@ -47,15 +50,21 @@ __all__ = [
     "Pattern",
     "Permutation",
     "Permuted",
+    "Result",
     "RigL",
     "Schedule",
+    "Sensitivity",
+    "Size",
+    "Speed",
     "Transposable",
     "Unstructured",
     "Vector",
     "apply_masks_",
     "bn_l1",
     "channel_groups",
+    "curve",
     "erk",
+    "evaluate_pruned",
     "finalize_",
     "fit",
     "freeze_masks_",
@@ -74,7 +83,10 @@ __all__ = [
     "score_activation",
     "score_gradient",
     "scores",
+    "sensitivity",
     "set_mask",
     "shrink_",
+    "size_of",
+    "speed_of",
     "sr_ste_",
 ]

@@ -9,7 +9,7 @@ simple case. Prune-and-grow: `grow.py`; learned masks: `learn.py`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,25 +126,34 @@ class Iterative(Schedule):
     """Prune, train, prune further: `rounds` prunings, `every` steps apart, the first after `begin` steps.
 
     Round i of R prunes to 1 - (1 - s)^(i/R) with spacing "geometric" (the same share of what is left each
-    time), to s i/R with "linear". Han et al. 2015 (arXiv 1506.02626).
+    time), to s i/R with "linear", to s f_i with a list of R factors f. Han et al. 2015 (arXiv 1506.02626).
     """
 
     def __init__(
-        self, *args: Any, rounds: int, every: int, begin: int = 0, spacing: str = "geometric", **options: Any
+        self,
+        *args: Any,
+        rounds: int,
+        every: int,
+        begin: int = 0,
+        spacing: str | Sequence[float] = "geometric",
+        **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         if rounds < 1 or every < 1 or begin < 0:
             raise ValueError(f"rounds and every must be at least 1, begin at least 0: {rounds}, {every}, {begin}")
-        if spacing not in ("geometric", "linear"):
-            raise ValueError(f"spacing must be 'geometric' or 'linear', got {spacing!r}")
+        known = spacing in ("geometric", "linear") if isinstance(spacing, str) else len(spacing) == rounds
+        if not known:
+            raise ValueError(f"spacing must be 'geometric', 'linear' or {rounds} factors, got {spacing!r}")
         self.rounds, self.every, self.begin, self.spacing, self.round = rounds, every, begin, spacing, 0
         if begin == 0:
             self._due()
 
     def share(self, round: int) -> Share:
         """The sparsity that a round (from 1) prunes to."""
-        part = round / self.rounds
-        return self.each(lambda s: s * part if self.spacing == "linear" else 1 - (1 - s) ** part)
+        part, spacing = round / self.rounds, self.spacing
+        if not isinstance(spacing, str):
+            return self.each(lambda s: s * spacing[round - 1])
+        return self.each(lambda s: s * part if spacing == "linear" else 1 - (1 - s) ** part)
 
     def _due(self) -> bool:
         if self.round >= self.rounds or self.count != self.begin + self.round * self.every:
