@@ -121,8 +121,11 @@ def _best_sum(ways: Tensor, keep: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Permutation:
-    """What `permute_` did for layers that read the same channels. `efficacy` is 0 for nothing, 1 for all
-    that a free choice in each row would keep (`best`); `how` is "folded" (into `producers`) or "indexed" (on the input)."""
+    """What `permute_` did for layers that read the same channels.
+
+    `before` and `after` are the scores that the pattern keeps, `best` what a free choice in each row would;
+    `how` is "folded" (into `producers`) or "indexed" (on the input).
+    """
 
     layers: tuple[str, ...]
     producers: tuple[str, ...]
@@ -134,6 +137,7 @@ class Permutation:
 
     @property
     def efficacy(self) -> float:
+        """The share of the way from `before` to `best`."""
         lost = self.best - self.before
         return (self.after - self.before) / lost if lost else 0.0
 
