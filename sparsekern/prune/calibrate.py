@@ -129,20 +129,24 @@ def observe(
             handle.remove()
 
 
-def call_order(model: nn.Module, batch: Any, modules: Iterable[nn.Module], forward: Forward | None = None) -> list[Any]:
-    """[(module, id of its input tensor)] in the order in which a batch reaches them; those not reached are absent.
+def call_order(
+    model: nn.Module, batch: Any, modules: Iterable[nn.Module], forward: Forward | None = None
+) -> list[tuple[nn.Module, int, int]]:
+    """[(module, id of its input tensor, calls)] in the order in which a batch reaches them; others are absent.
 
     Equal ids: the modules read the very same tensor (query, key and value of an attention).
     """
-    seen: dict[nn.Module, int] = {}
+    source: dict[nn.Module, int] = {}
+    calls: dict[nn.Module, int] = {}
     held: list[Any] = []  # alive, so that no id is given twice
 
     def watcher(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         held.append(inputs)
-        seen.setdefault(module, id(inputs[0]))
+        source.setdefault(module, id(inputs[0]))
+        calls[module] = calls.get(module, 0) + 1
 
     observe(model, [batch], dict.fromkeys(modules, watcher), forward=forward, progress=False)
-    return list(seen.items())
+    return [(module, source[module], calls[module]) for module in source]
 
 
 def followers(
