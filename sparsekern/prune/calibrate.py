@@ -86,7 +86,7 @@ def repeatable(data: Iterable[Any]) -> Iterable[Any]:
     return list(data) if isinstance(data, Iterator) else data
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a forward whose rest nobody watches."""
 
 
@@ -111,7 +111,7 @@ def observe(
         return lambda module, inputs, output: watcher(module, inputs, output)
 
     def enough(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        raise _Enough
+        raise Enough
 
     handles = []
     try:
@@ -122,7 +122,7 @@ def observe(
             handles.append(stop_after.register_forward_hook(enough))
         with evaluating(model):
             for batch in tracked(data, text, progress):
-                with contextlib.suppress(_Enough):
+                with contextlib.suppress(Enough):
                     forward(model, batch)
     finally:
         for handle in handles:

@@ -94,7 +94,7 @@ def sparsegpt_(
     quantiser = None if quantise is None else RowQuantiser(quantised_type(quantise))
 
     def solver(task: Task) -> Solved:
-        share = _share(sparsity, task.name)
+        share = share_of(sparsity, task.name)
         chosen = {"mask": task.mask} if task.mask is not None else {"within": task.within}
         rule_ = None if task.mask is not None else rule
         return sparsegpt(task.weight, task.hessian, rule_, share, damp=damp, block=block, quantiser=quantiser, **chosen)
@@ -131,7 +131,7 @@ def obs_(
     rule = pattern_of(pattern)
 
     def solver(task: Task) -> Solved:
-        share = _share(sparsity, task.name)
+        share = share_of(sparsity, task.name)
         return obs(task.weight, task.hessian, rule, share, within=task.within, damp=damp, max_columns=max_columns)
 
     return solve_(model, data, solver, "obs", pattern=rule, sparsity=sparsity, max_columns=max_columns, **options)
@@ -179,12 +179,16 @@ def solve_(
     max_columns: int = 16384,
     memory: int = 2 << 30,
     keep_mask: bool = True,
+    write_masks: bool = True,
     progress: bool = True,
 ) -> dict[str, LayerResult]:
-    """A solver(task) -> Solved over the model's layers, in place; the arguments are those of `sparsegpt_`."""
+    """A solver(task) -> Solved over the model's layers, in place; the other arguments are those of `sparsegpt_`.
+
+    write_masks=False leaves the layers' masks as they are: for solvers that only change weights.
+    """
     if hessians not in ("dense", "sequential"):
         raise ValueError(f"hessians must be 'dense' or 'sequential', got {hessians!r}")
-    run = _Run(model, solver, method, pattern, sparsity, masks, order, max_columns, forward, progress)
+    run = _Run(model, solver, method, pattern, sparsity, masks, order, max_columns, forward, write_masks, progress)
     targets = layers(model, filter_fn)
     data = repeatable(data)
     results = run.dense(targets, data, memory) if hessians == "dense" else run.sequential(targets, data, memory)
@@ -204,6 +208,7 @@ class _Run:
     order_: str | None
     max_columns: int
     forward: Forward | None
+    write_masks: bool
     progress: bool
 
     @property
@@ -313,11 +318,11 @@ class _Run:
         mask = task.mask
         if mask is None:
             if self.pattern is None:
-                raise ValueError(f"{task.name}: neither a pattern nor a mask")
+                raise ValueError(f"{task.name}: K = {task.weight.shape[1]} > max_columns = {self.max_columns}")
             rule = Unstructured("row") if isinstance(self.pattern, Unstructured) else self.pattern
             scores = wanda(task.weight, task.hessian.sqrt())
             scores = scores if task.within is None else scores * task.within
-            mask = rule.mask(scores, _share(self.sparsity, task.name))
+            mask = rule.mask(scores, share_of(self.sparsity, task.name))
             mask = mask if task.within is None else mask & task.within
         weight = torch.where(mask, task.weight, 0)
         diagonal = task.hessian.repeat_interleave(len(weight) // len(task.hessian), 0)
@@ -330,7 +335,7 @@ class _Run:
         assert parameter is not None  # layers() gives no others
         mask = as_weight(module, found.mask, self.order)
         parameter.copy_(as_weight(module, found.weight, self.order))
-        for twin in sharing(self.model, module):
+        for twin in sharing(self.model, module) if self.write_masks else ():
             set_mask(twin, mask)
 
 
@@ -339,7 +344,8 @@ def _columns(module: nn.Module) -> int:
     return weight_of(module).numel() // max(1, outputs(module))
 
 
-def _share(sparsity: Sparsity, name: str) -> float | None:
+def share_of(sparsity: Sparsity, name: str) -> float | None:
+    """The sparsity asked for of this layer. Raises ValueError where a dictionary leaves it out."""
     if not isinstance(sparsity, Mapping):
         return sparsity
     if name not in sparsity:
