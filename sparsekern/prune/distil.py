@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .calibrate import Forward, feed
+from .calibrate import Forward, feed, repeatable, shown
+from .layers import as_matrix, as_weight, layers, weight_of, weight_parameter
+from .quantise import RowQuantiser, quantised_type
+from .quantise_model import quantise_
+from .score import Loss
 
 
 def logits_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
@@ -115,6 +120,97 @@ class Distillation:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def distil_(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    *,
+    steps: int,
+    rate: float = 1e-4,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Loss | None = None,
+    quantise: torch.dtype | str | None = None,
+    after_step: Callable[[int, float], Any] | None = None,
+    forward: Forward | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> list[float]:
+    """Trains the student in place on the `Distillation` loss (options: its own), for `steps` batches of data.
+
+    data is gone through again and again. AdamW with the rate falling linearly to zero, unless an optimizer is given.
+    loss(student, batch) -> scalar is added where given. Masks hold. quantise: "int8" or "fp8" trains the weights
+    as they will be rounded (straight-through gradients; Bengio et al., 1308.3432) and leaves them rounded. after_step(
+    step, loss) is called after every step. The student's modes are kept: call train() or eval() first. Returns the
+    losses.
+    """
+    quantiser = None if quantise is None else RowQuantiser(quantised_type(quantise))
+    own = optimizer or torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=rate, weight_decay=0)
+    schedule = None
+    if optimizer is None:
+        schedule = torch.optim.lr_scheduler.LambdaLR(own, lambda step: 1 - step / max(1, steps))
+    data, give = repeatable(data), forward or feed
+    losses: list[float] = []
+    with (
+        Distillation(teacher, student, forward=forward, **options) as distillation,
+        shown("distilling", steps, progress) as show,
+    ):
+        batches = _endless(data)
+        for step in range(steps):
+            batch = next(batches)
+            with torch.enable_grad(), _rounded(student, quantiser):
+                value = distillation(give(student, batch), batch)
+                value = value if loss is None else value + loss(student, batch)
+                own.zero_grad(set_to_none=True)
+                value.backward()
+            own.step()
+            if schedule is not None:
+                schedule.step()
+            losses.append(float(value.detach()))
+            if after_step is not None:
+                after_step(step, losses[-1])
+            show(f"distilling, loss {losses[-1]:.4f}")
+    own.zero_grad(set_to_none=True)
+    if quantiser is not None:
+        quantise_(student, quantiser.dtype)
+    return losses
+
+
+@contextlib.contextmanager
+def _rounded(model: nn.Module, quantiser: RowQuantiser | None) -> Iterator[None]:
+    """Inside, the layers' parameters hold rounded values; the gradients that they get are the rounded ones' own.
+
+    Afterwards they hold what they did: the straight-through estimator without a word in the graph.
+    """
+    if quantiser is None:
+        yield
+        return
+    kept = []
+    with torch.no_grad():
+        for _, module in layers(model):
+            parameter = weight_parameter(module)
+            assert parameter is not None  # layers() gives no others
+            matrix = as_matrix(module, weight_of(module))
+            rounded = quantiser.round(matrix, quantiser.scale(matrix)[:, None])
+            kept.append((parameter, parameter.detach().clone()))
+            parameter.copy_(as_weight(module, rounded))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+
+
+def _endless(data: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        seen = False
+        for batch in data:
+            seen = True
+            yield batch
+        if not seen:
+            raise ValueError("the data holds no batch")
 
 
 def _logits(output: Any) -> Tensor:
