@@ -34,7 +34,7 @@ class Solved:
 
 def output_error(change: Tensor, hessian: Tensor) -> float:
     """tr(D H D^T) for D [N, K] and H [K, K] or [G, K, K]: the squared error of the output, summed over its features."""
-    d, h = grouped(change.double(), hessian.double())
+    d, h = grouped(change.detach().double(), hessian.double())
     return float(((d @ h) * d).sum())
 
 
