@@ -97,7 +97,6 @@ METHODS = (
     Method("2:4 Wanda", _scored("wanda", NM()), True, formats="sp24"),
     Method("2:4 RIA", _scored("ria", NM()), True, formats="sp24"),
     Method(UPDATE, _sparsegpt(NM()), True, formats="sp24"),
-    Method("2:4 SparseGPT, sequential", _sparsegpt(NM(), hessians="sequential"), True, True, "sp24"),
     Method("2:4 SparseGPT, damp 0.01", _sparsegpt(NM(), damp=0.01), True, True, "sp24"),
     Method("2:4 SparseGPT, int8 in the sweep", _sparsegpt(NM(), quantise="int8"), True, True, "sp24"),
     Method("2:4 Wanda++", _reconstructed, True, True, "sp24"),
@@ -109,6 +108,7 @@ METHODS = (
     Method("80 % SparseGPT", _sparsegpt(Unstructured(), 0.8), True, True, "csr"),
     Method("16x16 blocks 50 % magnitude", _magnitude(Block(16), 0.5), formats="bsr"),
     Method("16x16 blocks 50 % SparseGPT", _sparsegpt(Block(16), 0.5), True, True, "bsr"),
+    Method("2:4 SparseGPT, sequential", _sparsegpt(NM(), hessians="sequential"), True, True, "sp24"),
 )
 RECOVERED = ("16x16 blocks 50 % SparseGPT", "80 % SparseGPT")
 
@@ -442,11 +442,12 @@ def main() -> None:
         effort = Effort(**{**vars(effort), "minutes": args.minutes})
     bench = Bench(effort, console)
     bench.all()
+    found, path = checks(bench), args.output / "prune_antiberty.json"
+    r.save(path, as_json(bench, found, []))  # an hour's work is not lost to an interrupt
     recovered = bench.recover() if effort.minutes else []
     bench.time()
-    found = checks(bench)
     show(bench, found, console)
-    r.save(args.output / "prune_antiberty.json", as_json(bench, found, recovered))
+    r.save(path, as_json(bench, found, recovered))
     if not all(check.holds for check in found):
         raise SystemExit("an ordering does not hold")
 
