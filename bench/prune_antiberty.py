@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ METHODS = (
     Method("2:4 random", _scored("random", NM()), formats="sp24"),
     Method("2:4 magnitude", _magnitude(NM()), formats="sp24"),
     Method("2:4 Wanda", _scored("wanda", NM()), True, formats="sp24"),
-    Method("2:4 RIA", _scored("ria", NM()), True, formats="sp24"),
+    Method("2:4 RIA", _scored("ria", NM()), True, True, "sp24"),
     Method(UPDATE, _sparsegpt(NM()), True, formats="sp24"),
     Method("2:4 SparseGPT, damp 0.01", _sparsegpt(NM(), damp=0.01), True, True, "sp24"),
     Method("2:4 SparseGPT, int8 in the sweep", _sparsegpt(NM(), quantise="int8"), True, True, "sp24"),
@@ -120,6 +120,7 @@ class Effort:
     tokens: tuple[int, ...] = (1, 128)
     seconds: float = 4.0  # a row of timings
     minutes: float = 15.0  # of fine-tuning, each
+    skip: tuple[str, ...] = ()  # methods whose names hold one of these
 
 
 FULL = Effort()
@@ -187,7 +188,7 @@ class Bench:
 
     def all(self) -> None:
         for method in METHODS:
-            if method.slow and not self.effort.slow:
+            if (method.slow and not self.effort.slow) or any(text in method.name for text in self.effort.skip):
                 continue
             for seed in self.effort.seeds if method.calibrated and not method.slow else self.effort.seeds[:1]:
                 self._one(method, seed)
@@ -430,6 +431,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, the fast methods, half a minute of recovery")
     parser.add_argument("--minutes", type=float, help="fine-tuning of each recovered model (15; 0: none)")
+    parser.add_argument("--skip", action="append", default=[], help="leave out methods whose names hold this text")
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--output", type=Path, default=r.ROOT / "bench" / "results", help="folder for the JSON")
     args = parser.parse_args()
@@ -437,9 +439,9 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     r.measure_afresh()
     console = r.console()
-    effort = QUICK if args.quick else FULL
+    effort = replace(QUICK if args.quick else FULL, skip=tuple(args.skip))
     if args.minutes is not None:
-        effort = Effort(**{**vars(effort), "minutes": args.minutes})
+        effort = replace(effort, minutes=args.minutes)
     bench = Bench(effort, console)
     bench.all()
     found, path = checks(bench), args.output / "prune_antiberty.json"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calibrate import Forward, feed, repeatable, shown
-from .layers import as_matrix, as_weight, layers, weight_of, weight_parameter
+from .layers import Filter, as_matrix, as_weight, layers, weight_of, weight_parameter
 from .quantise import RowQuantiser, quantised_type
 from .quantise_model import quantise_
 from .score import Loss
@@ -132,6 +132,7 @@ def distil_(
     optimizer: torch.optim.Optimizer | None = None,
     loss: Loss | None = None,
     quantise: torch.dtype | str | None = None,
+    filter_fn: Filter | None = None,
     after_step: Callable[[int, float], Any] | None = None,
     forward: Forward | None = None,
     progress: bool = True,
@@ -141,11 +142,12 @@ def distil_(
 
     data is gone through again and again. AdamW with the rate falling linearly to zero, unless an optimizer is given.
     loss(student, batch) -> scalar is added where given. Masks hold. quantise: "int8" or "fp8" trains the weights
-    as they will be rounded (straight-through gradients; Bengio et al., 1308.3432) and leaves them rounded. after_step(
-    step, loss) is called after every step. The student's modes are kept: call train() or eval() first. Returns the
-    losses.
+    of the layers (filter_fn chooses) as they will be rounded, by straight-through gradients (Bengio et al., 1308.3432),
+    and leaves them rounded. after_step(step, loss) is called after every step. The student's modes are kept: call
+    train() or eval() first. Returns the losses.
     """
     quantiser = None if quantise is None else RowQuantiser(quantised_type(quantise))
+    rounding = [] if quantiser is None else [module for _, module in layers(student, filter_fn)]
     own = optimizer or torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=rate, weight_decay=0)
     schedule = None
     if optimizer is None:
@@ -159,7 +161,7 @@ def distil_(
         batches = _endless(data)
         for step in range(steps):
             batch = next(batches)
-            with torch.enable_grad(), _rounded(student, quantiser):
+            with torch.enable_grad(), _rounded(rounding, quantiser):
                 value = distillation(give(student, batch), batch)
                 value = value if loss is None else value + loss(student, batch)
                 own.zero_grad(set_to_none=True)
@@ -173,12 +175,12 @@ def distil_(
             show(f"distilling, loss {losses[-1]:.4f}")
     own.zero_grad(set_to_none=True)
     if quantiser is not None:
-        quantise_(student, quantiser.dtype)
+        quantise_(student, quantiser.dtype, filter_fn=filter_fn)
     return losses
 
 
 @contextlib.contextmanager
-def _rounded(model: nn.Module, quantiser: RowQuantiser | None) -> Iterator[None]:
+def _rounded(modules: list[nn.Module], quantiser: RowQuantiser | None) -> Iterator[None]:
     """Inside, the layers' parameters hold rounded values; the gradients that they get are the rounded ones' own.
 
     Afterwards they hold what they did: the straight-through estimator without a word in the graph.
@@ -188,7 +190,7 @@ def _rounded(model: nn.Module, quantiser: RowQuantiser | None) -> Iterator[None]
         return
     kept = []
     with torch.no_grad():
-        for _, module in layers(model):
+        for module in modules:
             parameter = weight_parameter(module)
             assert parameter is not None  # layers() gives no others
             matrix = as_matrix(module, weight_of(module))

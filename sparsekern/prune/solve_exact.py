@@ -29,7 +29,7 @@ def _refit_rows(w: Tensor, h: Tensor, mask: Tensor, damp: float) -> Tensor:
     h = _damped(h, damp)
     out = torch.zeros_like(w)
     most = max(1, int(mask.sum(1).max())) if mask.numel() else 1
-    for rows in torch.arange(len(w)).split(max(1, (1 << 25) // most**2)):
+    for rows in torch.arange(len(w), device=w.device).split(max(1, (1 << 25) // most**2)):
         kept, width = mask[rows], max(1, int(mask[rows].sum(1).max()))
         # The kept columns of every row first, padded with others to one width; those count as the identity.
         columns = kept.int().argsort(dim=1, descending=True, stable=True)[:, :width]
@@ -89,19 +89,19 @@ def _obs_group(
         return _Removal(w[rows], inverse, within[rows]).run(counts, allowed)
 
     if isinstance(pattern, NM):
-        groups = torch.arange(k) // pattern.group
+        groups = torch.arange(k, device=w.device) // pattern.group
         allowed = _crowded(groups, pattern.keep)
         sizes = groups.bincount()
-        counts = torch.full((n,), int((sizes - pattern.keep).clamp_min(0).sum()))
+        counts = torch.full((n,), int((sizes - pattern.keep).clamp_min(0).sum()), device=w.device)
         done = [removed(p, counts[p], allowed) for p in pieces]
     else:
         assert isinstance(pattern, Unstructured)
         if sparsity is None:
             raise ValueError("obs needs a sparsity for an unstructured pattern")
         if pattern.per == "row":
-            counts = torch.full((n,), k - round((1 - sparsity) * k))
+            counts = torch.full((n,), k - round((1 - sparsity) * k), device=w.device)
         else:
-            losses = torch.cat([removed(p, torch.full((n,), k)[p]).losses for p in pieces])
+            losses = torch.cat([removed(p, torch.full((n,), k, device=w.device)[p]).losses for p in pieces])
             counts = _shared_count(losses, n * k - round((1 - sparsity) * n * k))
         done = [removed(p, counts[p]) for p in pieces]
     return torch.cat([d.w for d in done]), torch.cat([d.kept for d in done])
@@ -111,7 +111,7 @@ def _crowded(groups: Tensor, keep: int) -> Callable[[Tensor], Tensor]:
     """From what is kept [n, K]: the columns whose group still holds more than `keep`."""
 
     def allowed(kept: Tensor) -> Tensor:
-        held = torch.zeros(kept.shape[0], int(groups[-1]) + 1, dtype=torch.long)
+        held = torch.zeros(kept.shape[0], int(groups[-1]) + 1, dtype=torch.long, device=kept.device)
         held.index_add_(1, groups, kept.long())
         return held[:, groups] > keep
 
@@ -135,7 +135,7 @@ class _Removal:
         self.inverse = inverse.expand(len(w), -1, -1).clone()
         self.kept = torch.ones_like(within)
         self.losses = torch.full_like(w, math.inf)
-        self.rows = torch.arange(len(w))
+        self.rows = torch.arange(len(w), device=w.device)
         gone = (~within).sum(1)
         for step in range(int(gone.max()) if len(gone) else 0):  # what an earlier mask took, in any order
             self._remove((~within & self.kept).int().argmax(1), step < gone, step)

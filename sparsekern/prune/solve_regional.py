@@ -49,7 +49,7 @@ def reconstruct_block_(
     alpha: float = 100.0,
     rounds: int = 5,
     samples_per_round: int = 32,
-    rate: float = 1e-5,
+    rate: float = 1e-4,
     seed: int = 0,
     filter_fn: Filter | None = None,
     keep_mask: bool = True,
