@@ -129,15 +129,11 @@ class _Sweep:
 
     def _widths(self, block: int) -> tuple[int, int]:
         """How many columns a mask is chosen for at a time, and how many make a lazy block."""
-        if self.pattern is not None and self.pattern.scope == "global":
-            raise ValueError("a solver prunes layer by layer: give a sparsity for each layer, or masks, not 'global'")
-        unit = 1
-        if isinstance(self.pattern, NM) and self.pattern.axis == 1:
-            unit = self.pattern.group
-        elif isinstance(self.pattern, Block):
-            unit = self.pattern.block[1]
+        check_local(self.pattern)
+        group = group_along_k(self.pattern)
+        unit = group or (self.pattern.block[1] if isinstance(self.pattern, Block) else 1)
         block = math.ceil(block / unit) * unit
-        return (unit if isinstance(self.pattern, NM) and self.pattern.axis == 1 else block), block
+        return group or block, block
 
     def _scores(self, start: int, stop: int, w: Tensor) -> Tensor:
         return w.square() / self.upper.diagonal()[start:stop, None].square()
@@ -176,6 +172,17 @@ class _Sweep:
                 panel[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
             self.w[stop:].addmm_(self.upper[start:stop, stop:].t(), errors, alpha=-1)
         return Solved(out.t(), self.kept.t(), 0.0, self.damp, scale)
+
+
+def check_local(pattern: Pattern | None) -> None:
+    """Raises ValueError for a pattern that compares across layers."""
+    if getattr(pattern, "per", None) == "global":
+        raise ValueError("a solver prunes layer by layer: give a sparsity for each layer, or masks, not 'global'")
+
+
+def group_along_k(pattern: Pattern | None) -> int | None:
+    """M of an N:M pattern whose groups lie along K; None for any other."""
+    return pattern.group if isinstance(pattern, NM) and pattern.axis in (1, "in") else None
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:

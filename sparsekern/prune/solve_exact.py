@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .pattern import NM, Pattern, Unstructured
-from .solve import Solved, grouped, inverse_factor, relative_output_error
+from .solve import Solved, check_local, group_along_k, grouped, inverse_factor, relative_output_error
 
 
 def refit(weight: Tensor, hessian: Tensor, mask: Tensor, *, damp: float = 0.0) -> Solved:
@@ -66,10 +66,9 @@ def obs(
     w, h = grouped(weight.detach().double(), hessian.double())
     if h.shape[-1] > max_columns:
         raise ValueError(f"obs is for small layers: K = {h.shape[-1]} > max_columns = {max_columns}; use sparsegpt")
-    if not (isinstance(pattern, NM) and pattern.axis == 1) and not isinstance(pattern, Unstructured):
-        raise ValueError(f"obs removes single weights along K: NM(axis=1) or Unstructured, not {pattern!r}")
-    if pattern.scope == "global":
-        raise ValueError("a solver prunes layer by layer: give a sparsity for each layer, not 'global'")
+    if group_along_k(pattern) is None and not isinstance(pattern, Unstructured):
+        raise ValueError(f"obs removes single weights: N:M along K or Unstructured, not {pattern!r}")
+    check_local(pattern)
     bounds = torch.ones_like(w, dtype=torch.bool) if within is None else grouped(within, hessian)[0]
     parts = [_obs_group(*part, pattern, sparsity, damp) for part in zip(w, h, bounds, strict=True)]
     made, mask = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

@@ -17,6 +17,7 @@ from .mask import finalize_, mask_of, set_mask
 from .pattern import Pattern, pattern_of
 from .score_activation import wanda
 from .score_gradient import samples
+from .solve import check_local
 from .solve_blocks import by_blocks, calls_of, first_tensor
 from .solve_model import LayerResult, Sparsity, share_of
 
@@ -63,8 +64,7 @@ def reconstruct_block_(
     and RO; their rate for 7B models is 3e-7).
     """
     rule, started = pattern_of(pattern), time.perf_counter()
-    if rule.scope == "global":
-        raise ValueError("a block is pruned layer by layer: 'global' is not possible")
+    check_local(rule)
     order = str(getattr(rule, "order", "crs"))
     targets = layers(block, filter_fn)
     norms = {module: InputNorm(order) for _, module in targets}
