@@ -86,7 +86,7 @@ def repeatable(data: Iterable[Any]) -> Iterable[Any]:
     return list(data) if isinstance(data, Iterator) else data
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a forward whose rest nobody watches."""
 
 
@@ -111,7 +111,7 @@ def observe(
         return lambda module, inputs, output: watcher(module, inputs, output)
 
     def enough(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        raise _Enough
+        raise Enough
 
     handles = []
     try:
@@ -122,27 +122,31 @@ def observe(
             handles.append(stop_after.register_forward_hook(enough))
         with evaluating(model):
             for batch in tracked(data, text, progress):
-                with contextlib.suppress(_Enough):
+                with contextlib.suppress(Enough):
                     forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def call_order(model: nn.Module, batch: Any, modules: Iterable[nn.Module], forward: Forward | None = None) -> list[Any]:
-    """[(module, id of its input tensor)] in the order in which a batch reaches them; those not reached are absent.
+def call_order(
+    model: nn.Module, batch: Any, modules: Iterable[nn.Module], forward: Forward | None = None
+) -> list[tuple[nn.Module, int, int]]:
+    """[(module, id of its input tensor, calls)] in the order in which a batch reaches them; others are absent.
 
     Equal ids: the modules read the very same tensor (query, key and value of an attention).
     """
-    seen: dict[nn.Module, int] = {}
+    source: dict[nn.Module, int] = {}
+    calls: dict[nn.Module, int] = {}
     held: list[Any] = []  # alive, so that no id is given twice
 
     def watcher(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         held.append(inputs)
-        seen.setdefault(module, id(inputs[0]))
+        source.setdefault(module, id(inputs[0]))
+        calls[module] = calls.get(module, 0) + 1
 
     observe(model, [batch], dict.fromkeys(modules, watcher), forward=forward, progress=False)
-    return list(seen.items())
+    return [(module, source[module], calls[module]) for module in source]
 
 
 def followers(

@@ -98,6 +98,8 @@ def layers(model: nn.Module, filter_fn: Filter | None = None) -> list[tuple[str,
 def sharing(model: nn.Module, module: nn.Module) -> list[nn.Module]:
     """The layers of the model that use this layer's weight, itself included."""
     own = weight_parameter(module)
+    if own is None:
+        return [module]
     return [m for m in model.modules() if m is module or (is_layer(m) and weight_parameter(m) is own)]
 
 

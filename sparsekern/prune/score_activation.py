@@ -25,8 +25,8 @@ def wanda(matrix: Tensor, norm: Tensor) -> Tensor:
 def ria(matrix: Tensor, norm: Tensor, alpha: float = 0.5) -> Tensor:
     """(|W_ij| / sum_j |W_ij| + |W_ij| / sum_i |W_ij|) ||X_j||_2^alpha of W [N, K], norms [G, K]. Returns [N, K].
 
-    Relative importance and activations, Zhang et al. (Plug-and-Play), ICLR 2024; alpha = 0.5 is theirs. A row or column of
-    zeros scores 0.
+    Relative importance and activations, Zhang et al. (Plug-and-Play), ICLR 2024; alpha = 0.5 is theirs. A row or column
+    of zeros scores 0.
     """
     size = matrix.detach().abs().to(norm.dtype)
     grouped = size.unflatten(0, (norm.shape[0], -1))  # [G, N / G, K]: rows of one group see the same inputs
