@@ -232,8 +232,8 @@ def _check_without_model(args: argparse.Namespace, pattern: Pattern) -> None:
         or args.weights
     ):
         raise ValueError(
-            "a checkpoint has weights but no model to run: only criteria without data (magnitude, random ...) prune it; "
-            "pass package.module:factory for the others"
+            "a checkpoint has weights but no model to run: only criteria without data (magnitude, random ...) prune "
+            "it; pass package.module:factory for the others"
         )
 
 
