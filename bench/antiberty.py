@@ -114,19 +114,31 @@ def masked(sequence: str, vocabulary: dict[str, int]) -> tuple[Tensor, Tensor]:
     return torch.where(hidden, MASK, tokens), hidden
 
 
+class Guesses(NamedTuple):
+    """What a model makes of every masked residue, in one order for all models: -log p of the truth, right or not."""
+
+    losses: Tensor
+    right: Tensor
+
+
 @torch.no_grad()
-def score(model: nn.Module, vocabulary: dict[str, int], chains: dict[str, str], step: Callable[[], Any]) -> Score:
-    """How well the model guesses masked residues."""
-    loss, right, count = 0.0, 0, 0
+def guesses(model: nn.Module, vocabulary: dict[str, int], chains: dict[str, str], step: Callable[[], Any]) -> Guesses:
+    """Every residue of the chains, masked once and guessed."""
+    losses, right = [], []
     for sequence in chains.values():
         tokens, hidden = masked(sequence, vocabulary)
         truth = torch.tensor([CLS, *(vocabulary[residue] for residue in sequence), SEP]).expand_as(tokens)[hidden]
         logits = model(tokens)[hidden].double()
-        loss += float(nn.functional.cross_entropy(logits, truth, reduction="sum"))
-        right += int((logits.argmax(-1) == truth).sum())
-        count += len(truth)
+        losses.append(nn.functional.cross_entropy(logits, truth, reduction="none"))
+        right.append(logits.argmax(-1) == truth)
         step()
-    return Score(math.exp(loss / count), right / count, count)
+    return Guesses(torch.cat(losses), torch.cat(right))
+
+
+def score(model: nn.Module, vocabulary: dict[str, int], chains: dict[str, str], step: Callable[[], Any]) -> Score:
+    """How well the model guesses masked residues."""
+    losses, right = guesses(model, vocabulary, chains, step)
+    return Score(math.exp(float(losses.mean())), float(right.double().mean()), len(losses))
 
 
 def is_encoder(module: nn.Module, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: python -m sparsekern info | inspect | convert | bench.
+"""The command line: python -m sparsekern info | inspect | prune | convert | bench.
 
 Exit codes: 0 for success, 2 for wrong usage or input, with one line on stderr that says what was wrong.
 """
@@ -15,9 +15,9 @@ DESCRIPTION = """Pruned neural networks that are actually faster.
 
   info      this machine: instruction sets, and which backend runs which format, or why not
   inspect   a checkpoint: which weights are 2:4, block-sparse or unstructured, and what they would gain
-  convert   a checkpoint: store its pruned weights sparse, in sparsekern's or compressed-tensors' form, or
-  undo it bench     one layer: sparsekern against dense and against torch's own sparse formats, on this
-  machine
+  prune     a checkpoint or a model: remove the weights that matter least, in a pattern that a format stores
+  convert   a checkpoint: store its pruned weights sparse, in sparsekern's or compressed-tensors' form, or undo it
+  bench     one layer: sparsekern against dense and against torch's own sparse formats, on this machine
 """
 
 
@@ -30,12 +30,12 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     from . import __version__
-    from .commands import bench, convert, info, inspect
+    from .commands import bench, convert, info, inspect, prune
 
     top = _Parser(prog="sparsekern", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"sparsekern {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for module in (info, inspect, convert, bench):
+    for module in (info, inspect, prune, convert, bench):
         module.add(commands)
     return top
 

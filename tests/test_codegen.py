@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels, where the GPU module was built: no spills, and the instructions that were meant."""
+"""What nvcc made of the CUDA kernels, where the GPU module was built: no spills, the instructions that were meant."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ ROWS = (
 # Where a function imports upwards at call time, each with its reason.
 LATE = {
     ("tensor", "functional"): "__torch_function__ of the subclass calls the public functions",
+    ("prune", "nn"): "a study converts what it pruned, to time it",
     ("tune", "testing"): "measures with the timer that tests and benches use",
 }
 

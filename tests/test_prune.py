@@ -130,7 +130,7 @@ def test_block_mask_removes_the_weakest_blocks() -> None:
         (lambda: NM(order="src"), "order"),
         (lambda: Block(0), "positive"),
         (lambda: Unstructured(per="model"), "per must be"),
-        (lambda: Unstructured(min_keep=2), "share"),
+        (lambda: Unstructured(min_keep=2.0), "share"),
         (lambda: prune.magnitude_(nn.Linear(4, 4), "1:4"), "NM"),
         (lambda: prune.magnitude_(nn.Linear(4, 4), "unstructured"), "needs a sparsity"),
         (lambda: prune.magnitude_(nn.Linear(4, 4), "block", 1.5), "in \\[0, 1\\]"),

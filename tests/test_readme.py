@@ -14,9 +14,10 @@ EXAMPLES = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```python\n(.*?)```", (ROOT /
 
 
 def test_there_are_examples():
-    assert [name for name, _ in EXAMPLES][:3] == [
+    assert [name for name, _ in EXAMPLES][:4] == [
         "Swap a layer",
         "Convert a model",
+        "Prune: how × what × when",
         "Benchmark against dense",
     ]
 
