@@ -70,6 +70,9 @@ def reconstruct_block_(
     norms = {module: InputNorm(order) for _, module in targets}
     watchers: dict[nn.Module, Watcher] = dict(norms)
     observe(block, calls, watchers, progress=False)
+    idle = [name for name, module in targets if not norms[module].tokens]
+    if idle:
+        raise ValueError(f"no data reaches {', '.join(idle)}; leave them out by filter_fn")
     gradients = regional_gradients(block, calls, filter_fn)
     with evaluating(block):
         wanted = [first_tensor(feed(block, call)) for call in calls]
