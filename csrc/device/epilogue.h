@@ -35,67 +35,77 @@ SK_DEVICE float token_scale(const Epilogue& e, int token, bool valid) {
     return e.x_scale && valid ? e.x_scale[token] : 1.0f;
 }
 
-// Accumulators stay in their registers while they become outputs; an integer's register then holds a float.
+// The linear part, in the accumulator's register: an integer's then holds a float.
 template <class Acc>
-SK_DEVICE float as_float(Acc acc) {
-    return bits_as<float>(acc);
-}
-
-template <class F, class Acc>
-SK_DEVICE Acc finish(F activate, const RowEpilogue& r, float x_scale, Acc acc) {
-    return bits_as<Acc>(activate(static_cast<float>(acc) * (r.scale * x_scale) + r.bias));
-}
-
-// A finished 32-bit output (float or int32) is the accumulator's register; the residual is added on its way.
-template <class Acc>
-SK_DEVICE void store_wide(const Epilogue& e, void* y, int64_t stride, int token, int row, Acc acc) {
-    const float* residual = static_cast<const float*>(e.residual);
-    const float more = residual ? e.beta * residual[token * e.residual_stride + row] : 0.0f;
-    auto* to = static_cast<uint32_t*>(y) + token * stride + row;
-    *to = residual ? bits_as<uint32_t>(as_float(acc) + more) : bits_as<uint32_t>(acc);
+SK_DEVICE Acc scale_and_shift(const RowEpilogue& r, float x_scale, Acc acc) {
+    return bits_as<Acc>(static_cast<float>(acc) * (r.scale * x_scale) + r.bias);
 }
 
 SK_DEVICE uint32_t pack_output(Type out, float low, float high) {
     return out == Type::bf16 ? pack_pair<Type::bf16>(low, high) : pack_pair<Type::f16>(low, high);
 }
 
-// One finished output of any type.
-template <class Acc>
-SK_DEVICE void store_one(const Epilogue& e, void* y, int64_t stride, int token, int row, Acc acc) {
-    if (bytes_of(e.out_type) != 2) return store_wide(e, y, stride, token, row, acc);
-    float value = as_float(acc);
-    if (e.residual) value += e.beta * load_float(e.residual, e.out_type, token * e.residual_stride + row);
-    static_cast<uint16_t*>(y)[token * stride + row] = static_cast<uint16_t>(pack_output(e.out_type, value, 0));
-}
-
-// Eight neighbouring 16-bit outputs of a token, `count` of them inside of Y. The residual is added to the rounded
-// values: one rounding more than a single store has.
-SK_DEVICE void store_row(const Epilogue& e, void* y, int64_t stride, int token, int row, int count, Vec4 eight) {
-    uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
-    if (e.residual) {
+// The rest, for neighbouring outputs of a token whose linear part is done: activation, residual, and the store. `words`
+// holds kValues of them as 32-bit floats (or int32 sums), or as pairs of 16-bit floats: what an activation does to
+// 16-bit outputs it does to rounded values, as torch's two operations do. `count` of them are inside of Y.
+template <int kValues, int kWords>
+SK_DEVICE void store_values(const Epilogue& e, void* y, int64_t stride, int token, int row, int count,
+                            uint32_t (&words)[kWords]) {
+    constexpr bool kWide = kValues == kWords;
+    const Type out = e.out_type;
+    if (out != Type::i32 && (e.activation != Activation::none || e.residual)) {
+        float values[kValues];
         SK_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            float sum[2];
+        for (int i = 0; i < kValues; ++i) {
+            const auto half = static_cast<uint16_t>(words[kWide ? i : i / 2] >> (16 * (i % 2)));
+            values[i] = kWide               ? bits_as<float>(words[kWide ? i : 0])
+                        : out == Type::bf16 ? bf16_to_float(half)
+                                            : f16_to_float(half);
+        }
+        with_activation(e.activation, [&](auto activate) {
             SK_UNROLL
-            for (int c = 0; c < 2; ++c) {
-                const auto bits = static_cast<uint16_t>(words[i] >> (16 * c));
-                const float value = e.out_type == Type::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
-                const bool valid = 2 * i + c < count;
-                const int64_t at = token * e.residual_stride + row + 2 * i + c;
-                sum[c] = value + (valid ? e.beta * load_float(e.residual, e.out_type, at) : 0.0f);
+            for (int i = 0; i < kValues; ++i) values[i] = activate(values[i]);
+        });
+        if (e.residual) {
+            SK_UNROLL
+            for (int i = 0; i < kValues; ++i) {
+                const int64_t at = token * e.residual_stride + row + i;
+                values[i] += i < count ? e.beta * load_float(e.residual, out, at) : 0.0f;
             }
-            words[i] = pack_output(e.out_type, sum[0], sum[1]);
+        }
+        SK_UNROLL
+        for (int i = 0; i < kWords; ++i) {
+            words[i] = kWide ? bits_as<uint32_t>(values[i])
+                             : pack_output(out, values[kWide ? i : 2 * i], values[kWide ? i : 2 * i + 1]);
         }
     }
-    auto* to = static_cast<uint16_t*>(y) + token * stride + row;
-    if (count == 8 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-        *reinterpret_cast<Vec4*>(to) = {words[0], words[1], words[2], words[3]};
-        return;
+    char* to = static_cast<char*>(y) + (token * stride + row) * (kWide ? 4 : 2);
+    if constexpr (kWords == 4) {
+        if (count == kValues && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+            *reinterpret_cast<Vec4*>(to) = {words[0], words[1], words[2], words[3]};
+            return;
+        }
     }
     SK_UNROLL
-    for (int i = 0; i < 8; ++i) {
-        if (i < count) to[i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+    for (int i = 0; i < kValues; ++i) {
+        if (i < count && kWide) reinterpret_cast<uint32_t*>(to)[i] = words[kWide ? i : 0];
+        if (i < count && !kWide) {
+            reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(words[kWide ? 0 : i / 2] >> (16 * (i % 2)));
+        }
     }
+}
+
+// One output alone, of a sum whose linear part is done.
+template <class Acc>
+SK_DEVICE void store_one(const Epilogue& e, void* y, int64_t stride, int token, int row, Acc acc) {
+    if (bytes_of(e.out_type) == 4) {
+        uint32_t words[1] = {bits_as<uint32_t>(acc)};
+        return store_values<1>(e, y, stride, token, row, 1, words);
+    }
+    float value = bits_as<float>(acc);
+    with_activation(e.activation, [&](auto activate) { value = activate(value); });
+    if (e.residual) value += e.beta * load_float(e.residual, e.out_type, token * e.residual_stride + row);
+    static_cast<uint16_t*>(y)[token * stride + row] = static_cast<uint16_t>(pack_output(e.out_type, value, 0));
 }
 
 }  // namespace sk::device

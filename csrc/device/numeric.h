@@ -135,8 +135,11 @@ template <class F>
 SK_DEVICE void with_activation(Activation activation, F f) {
     switch (activation) {
         case Activation::gelu: return f(Gelu{});
-        case Activation::gelu_tanh: return f(Gate{1.5957691f, 1.5957691f * 0.044715f});
-        case Activation::silu: return f(Gate{1.0f, 0.0f});
+        case Activation::gelu_tanh:
+        case Activation::silu: {
+            const bool silu = activation == Activation::silu;
+            return f(Gate{silu ? 1.0f : 1.5957691f, silu ? 0.0f : 1.5957691f * 0.044715f});
+        }
         default: return f(Clamp{activation == Activation::relu ? 0.0f : -__builtin_huge_valf()});
     }
 }

@@ -40,19 +40,19 @@ sp24_decode(SK_PARAM Mm p) {
     char* ring = memory + warp * C::kStages * C::kStageBytes;
 
     // This worker's stream of blocks, and this warp's place in it.
-    Pieces pieces(block_x(), grid_x(), p.row_blocks, p.row_blocks, p.k_blocks);
-    const int64_t begin = pieces.unit(), end = pieces.end();
-    int64_t ahead = begin + warp;
+    Pieces<1> pieces(p, p.row_blocks);
+    const int begin = pieces.begin_of(p, pieces.worker()), end = pieces.begin_of(p, pieces.worker() + 1);
+    int ahead = begin + warp;
     int into = 0, from = 0;  // stages
     const auto load = [&] {
         if (ahead < end) {
             const uint32_t to = shared_address(ring + into * C::kStageBytes);
             SK_UNROLL
             for (int i = 0; i < block_bytes(T); i += 512) {
-                copy_async<16>(to + i + my_lane * 16, p.fragments + ahead * block_bytes(T) + i + my_lane * 16, true);
+                copy_async<16>(to + i + my_lane * 16, p.fragments + int64_t{ahead} * block_bytes(T) + i + my_lane * 16,
+                               true);
             }
-            copy_tokens<C::kTokens, 32>(p, bytes_of(T), to + block_bytes(T), 0, static_cast<int>(ahead % p.k_blocks),
-                                        my_lane);
+            copy_tokens<C::kTokens, 32>(p, bytes_of(T), to + block_bytes(T), 0, ahead % p.k_blocks, my_lane);
         }
         commit_copies();
         ahead += C::kWarps;
@@ -61,10 +61,10 @@ sp24_decode(SK_PARAM Mm p) {
     SK_UNROLL
     for (int s = 0; s < C::kStages - 1; ++s) load();
 
-    int64_t mine = begin + warp;
+    int mine = begin + warp;
     Piece piece;
-    while (pieces.take(piece)) {
-        const int64_t stop = int64_t{piece.tile} * p.k_blocks + piece.end;
+    while (pieces.take(p, piece)) {
+        const int stop = piece.tile * p.k_blocks + piece.end;
         Accumulator<T> acc[4][C::kTokens / 2] = {};
         for (; mine < stop; mine += C::kWarps) {
             wait_copies<C::kStages - 2>();
@@ -91,21 +91,17 @@ sp24_decode(SK_PARAM Mm p) {
             for (int w = 0; w < C::kWarps; ++w) sum[i] += sums[(w * C::kTokens + token) * C::kPitch + row];
         }
         sync_block();  // the next piece's sums may come
-        if (!add_parts<C::kCount, C::kThreads, 1>(p, piece, block_x(), 0, sum, thread, flag, 1)) continue;
+        if (!add_parts<C::kCount, C::kThreads, 1, 1>(p, piece, 0, sum, thread, flag, 1)) continue;
         const int row = piece.tile * kBlockRows + thread % kBlockRows;
         const Epilogue& e = p.epilogue;
         const RowEpilogue r = row_epilogue(e, row, row < p.n);
-        with_activation(e.activation, [&](auto activate) {
-            SK_UNROLL
-            for (int i = 0; i < C::kCount; ++i) {
-                const int token = (i * C::kThreads + thread) / kBlockRows;
-                if (row < p.n && token < p.m) {
-                    const auto out =
-                        e.out_type == Type::i32 ? sum[i] : finish(activate, r, token_scale(e, token, true), sum[i]);
-                    store_one(e, p.y, p.y_stride, token, row, out);
-                }
-            }
-        });
+        SK_UNROLL
+        for (int i = 0; i < C::kCount; ++i) {
+            const int token = (i * C::kThreads + thread) / kBlockRows;
+            if (row >= p.n || token >= p.m) continue;
+            const auto out = e.out_type == Type::i32 ? sum[i] : scale_and_shift(r, token_scale(e, token, true), sum[i]);
+            store_one(e, p.y, p.y_stride, token, row, out);
+        }
     }
     wait_copies<0>();
 }

@@ -20,7 +20,7 @@ struct MmSm80 {
     static constexpr int kThreads = kRowBlocks * (kTokens / kWarpTokens) * 32;
     static constexpr int kFragmentBytes = kRowBlocks * block_bytes(T);
     static constexpr int kStageBytes = kFragmentBytes + kTokens * 128;
-    static constexpr int kStagingBytes = kTokens * kRows * 2;
+    static constexpr int kStagingBytes = kTokens * kRows * 4;
     static constexpr int kRingBytes = kStages * kStageBytes;
     static constexpr int kSharedBytes = (kRingBytes > kStagingBytes ? kRingBytes : kStagingBytes) + 16;
     static_assert(kFragmentBytes % 128 == 0 && kWarpTokens % 8 == 0 && kStages >= 2);
@@ -105,9 +105,9 @@ sp24_mm_sm80(SK_PARAM Mm p) {
     const int warp_block = warp % C::kRowBlocks, warp_token = warp / C::kRowBlocks * C::kWarpTokens;
     const int row_tiles = (p.row_blocks + C::kRowBlocks - 1) / C::kRowBlocks;
     const int token_tiles = (p.m + C::kTokens - 1) / C::kTokens;
-    Pieces pieces(block_x(), grid_x(), row_tiles * token_tiles, p.streamed, p.k_blocks);
+    Pieces<1> pieces(p, row_tiles * token_tiles);
     Piece piece;
-    while (pieces.take(piece)) {
+    while (pieces.take(p, piece)) {
         const Tile tile = tile_at(piece.tile, row_tiles, token_tiles);
         const int token0 = tile.tokens * C::kTokens;
         const auto load = [&](int kb) {
@@ -145,39 +145,33 @@ sp24_mm_sm80(SK_PARAM Mm p) {
         wait_copies<0>();
         sync_block();  // the ring becomes the staging memory
 
-        if (!add_parts<2 * C::kWarpTokens, C::kThreads, 1>(p, piece, block_x(), 0, &acc[0][0], thread, flag, 1))
-            continue;
-        const bool staged = bytes_of(p.epilogue.out_type) == 2;
+        if (!add_parts<2 * C::kWarpTokens, C::kThreads, 1, 1>(p, piece, 0, &acc[0][0], thread, flag, 1)) continue;
+        const bool wide = bytes_of(p.epilogue.out_type) == 4;
         const int row0 = tile.rows * C::kRows;
         SK_UNROLL
         for (int a = 0; a < 4; ++a) {
             const int row = warp_block * kBlockRows + 16 * a;
-            finish_rows<C::kWarpTokens>(p, acc[a], row0 + row, token0 + warp_token, my_lane);
-            if (!staged) {
-                store_rows_wide<C::kWarpTokens>(p, acc[a], row0 + row, token0 + warp_token, my_lane);
+            scale_rows<C::kWarpTokens>(p, acc[a], row0 + row, token0 + warp_token, my_lane);
+            if (wide) {
+                stage_rows_wide<C::kWarpTokens, C::kRows>(memory, acc[a], row, warp_token, my_lane);
                 continue;
             }
             SK_UNROLL
             for (int i = 0; i < C::kWarpTokens / 4; ++i) {  // token tile i / 2, rows 8 (i % 2) ..
                 const Type out = p.epilogue.out_type;
-                const uint32_t pair = pack_output(out, as_float(acc[a][2 * i]), as_float(acc[a][2 * i + 1]));
+                const uint32_t pair =
+                    pack_output(out, bits_as<float>(acc[a][2 * i]), bits_as<float>(acc[a][2 * i + 1]));
                 const uint32_t word = transpose_matrix(pair);
                 const int token = warp_token + 8 * (i / 2) + my_lane / 4, chunk = row / 8 + i % 2;
                 char* to = memory + token * C::kRows * 2 + (chunk ^ token % 8) * 16 + my_lane % 4 * 4;
                 *reinterpret_cast<uint32_t*>(to) = word;
             }
         }
-        if (!staged) continue;
         sync_block();
-        SK_NO_UNROLL
-        for (int i = thread; i < C::kTokens * C::kRows / 8; i += C::kThreads) {
-            const int token = i / (C::kRows / 8), chunk = i % (C::kRows / 8), row = row0 + 8 * chunk;
-            const int count = p.n - row < 8 ? p.n - row : 8;
-            if (token0 + token < p.m && count > 0) {
-                const char* from = memory + token * C::kRows * 2 + (chunk ^ token % 8) * 16;
-                store_row(p.epilogue, p.y, p.y_stride, token0 + token, row, count,
-                          *reinterpret_cast<const Vec4*>(from));
-            }
+        if (wide) {
+            store_staged<C::kTokens, C::kRows, C::kThreads, true>(p, memory, row0, token0, thread);
+        } else {
+            store_staged<C::kTokens, C::kRows, C::kThreads, false>(p, memory, row0, token0, thread);
         }
         sync_block();  // the staging memory becomes the ring
     }

@@ -25,7 +25,9 @@ template <Type T_, int kM_, int kTokens_, int kStages_, int kCluster_>
 struct MmSm90 {
     static constexpr Type T = T_;
     static constexpr int kM = kM_, kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
-    static constexpr int kWarpgroups = 2, kThreads = 128 * (1 + kWarpgroups), kAhead = 2, kSets = kAhead + 1;
+    static constexpr int kWarpgroups = 2, kThreads = 128 * (1 + kWarpgroups);
+    // Sets of fragments: 8-bit blocks have two words of metadata, and two blocks of them ahead do not fit.
+    static constexpr int kAhead = kM == 2 && kTokens >= 128 && !device::is_wide(T) ? 1 : 2, kSets = kAhead + 1;
     static constexpr int kRows = kWarpgroups * kM * kBlockRows;
     static constexpr int kStageBytes = kTokens * 128;
     static constexpr int kStagingTokens = kTokens < 128 ? kTokens : 128;
@@ -55,6 +57,7 @@ struct MmSm90Shared {
 template <int kStages>
 struct RingPlace {
     uint32_t stage = 0, phase = 0;
+    SK_DEVICE uint32_t before() const { return stage == 0 ? kStages - 1 : stage - 1; }
     SK_DEVICE void next() {
         if (++stage == kStages) {
             stage = 0;
@@ -64,15 +67,15 @@ struct RingPlace {
 };
 
 template <class C>
-SK_DEVICE void mm_produce(const device::TensorMap* x_map, const MmSm90Shared<C>& shared, Pieces pieces, int row_tiles,
-                          int token_tiles) {
+SK_DEVICE void mm_produce(const device::TensorMap* x_map, const Mm& p, const MmSm90Shared<C>& shared,
+                          Pieces<C::kCluster> pieces, int row_tiles, int token_tiles) {
     using namespace device;
     constexpr int kShare = C::kTokens / C::kCluster;
     const uint32_t rank = C::kCluster > 1 ? cluster_rank() : 0;
     RingPlace<C::kStages> place;
     prefetch_map(x_map);
     Piece piece;
-    while (pieces.take(piece)) {
+    while (pieces.take(p, piece)) {
         const int token = tile_at(piece.tile, row_tiles, token_tiles).tokens * C::kTokens + rank * kShare;
         for (int kb = piece.begin; kb < piece.end; ++kb, place.next()) {
             barrier_wait(shared.empty + 8 * place.stage, place.phase ^ 1);
@@ -89,16 +92,22 @@ SK_DEVICE void mm_produce(const device::TensorMap* x_map, const MmSm90Shared<C>&
     }
 }
 
-// Writes 64 finished rows of a warpgroup. 16-bit outputs go through shared memory, so that a token's 64 leave as one
-// line of 128 bytes.
+// Writes 64 rows of a warpgroup, whose linear part is done, part by part through its staging memory.
 template <class C>
 SK_DEVICE void mm_store(const Mm& p, const device::Accumulator<C::T> (&acc)[C::kTokens / 2], int row0, int token0,
                         char* staging, uint32_t thread, uint32_t barrier) {
     using namespace device;
-    const Epilogue& e = p.epilogue;
     const int warp = thread / 32;
-    if (bytes_of(e.out_type) != 2) {
-        store_rows_wide<C::kTokens>(p, acc, row0 + 16 * warp, token0, thread % 32);
+    const uint32_t lane = thread % 32;
+    if (bytes_of(p.epilogue.out_type) == 4) {
+        constexpr int kPart = C::kStagingTokens / 2;
+        SK_UNROLL
+        for (int begin = 0; begin < C::kTokens; begin += kPart) {
+            stage_rows_wide<kPart, kBlockRows>(staging, acc + begin / 2, 16 * warp, 0, lane);
+            sync_named(barrier, 128);
+            store_staged<kPart, kBlockRows, 128, true>(p, staging, row0, token0 + begin, thread);
+            sync_named(barrier, 128);  // the next part takes the same memory
+        }
         return;
     }
     const uint32_t staging_address = shared_address(staging);
@@ -110,29 +119,21 @@ SK_DEVICE void mm_store(const Mm& p, const device::Accumulator<C::T> (&acc)[C::k
             SK_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int at = 4 * (begin / 8 + j + i / 2) + 2 * (i % 2);
-                words[i] = pack_output(e.out_type, as_float(acc[at]), as_float(acc[at + 1]));
+                words[i] = pack_output(p.epilogue.out_type, bits_as<float>(acc[at]), bits_as<float>(acc[at + 1]));
             }
             // Matrix m = lane / 8 of this store: rows 8 (m % 2) .. of the warp's 16, tokens 8 (j + m / 2) ...
-            const uint32_t lane = thread % 32, m = lane / 8, token = 8 * (j + m / 2) + lane % 8;
-            const uint32_t chunk = 2 * warp + m % 2;
+            const uint32_t m = lane / 8, token = 8 * (j + m / 2) + lane % 8, chunk = 2 * warp + m % 2;
             store_matrices_transposed(staging_address + token * 128 + (chunk ^ token % 8) * 16, words);
         }
         sync_named(barrier, 128);
-        SK_NO_UNROLL
-        for (int i = thread / 8; i < C::kStagingTokens; i += 16) {
-            const int chunk = thread % 8, row = row0 + 8 * chunk, count = p.n - row < 8 ? p.n - row : 8;
-            const int token = token0 + begin + i;
-            if (token < p.m && count > 0) {
-                const auto* eight = reinterpret_cast<const Vec4*>(staging + i * 128 + ((chunk ^ i % 8) * 16));
-                store_row(e, p.y, p.y_stride, token, row, count, *eight);
-            }
-        }
-        sync_named(barrier, 128);  // the next part takes the same memory
+        store_staged<C::kStagingTokens, kBlockRows, 128, false>(p, staging, row0, token0 + begin, thread);
+        sync_named(barrier, 128);
     }
 }
 
 template <class C>
-SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces pieces, int row_tiles, int token_tiles) {
+SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces<C::kCluster> pieces, int row_tiles,
+                          int token_tiles) {
     using namespace device;
     constexpr Type T = C::T;
     const uint32_t thread = thread_index() % 128, group = thread_index() / 128 - 1, barrier = 1 + group;
@@ -153,24 +154,25 @@ SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces pie
     };
 
     Piece piece;
-    while (pieces.take(piece)) {
+    while (pieces.take(p, piece)) {
         const Tile tile = tile_at(piece.tile, row_tiles, token_tiles);
         // Rows beyond the weight take the last block's fragments; nothing is written for them.
         const int row_block = ((tile.rows * C::kCluster + rank) * C::kWarpgroups + group) * C::kM;
-        const char* blocks[C::kM];
+        int first[C::kM];  // block of each row of blocks
         SK_UNROLL
         for (int m = 0; m < C::kM; ++m) {
             const int row = row_block + m < p.row_blocks ? row_block + m : p.row_blocks - 1;
-            blocks[m] = p.fragments + int64_t{row} * p.k_blocks * block_bytes(T);
+            first[m] = row * p.k_blocks;
         }
         const auto load = [&](BlockFragments<T>(&set)[C::kM], int kb) {
             if (kb >= piece.end) return;
             SK_UNROLL
-            for (int m = 0; m < C::kM; ++m) load_fragments(set[m], blocks[m] + int64_t{kb} * block_bytes(T), thread);
+            for (int m = 0; m < C::kM; ++m) {
+                load_fragments(set[m], p.fragments + int64_t{first[m] + kb} * block_bytes(T), thread);
+            }
         };
         SK_UNROLL
         for (int j = 0; j < C::kAhead; ++j) load(w[j], piece.begin + j);
-        uint32_t held = 0;  // the stage of the group in flight
         SK_NO_UNROLL
         for (int kb0 = piece.begin; kb0 < piece.end; kb0 += C::kSets) {
             SK_UNROLL
@@ -188,24 +190,22 @@ SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces pie
                 }
                 commit_products();
                 wait_products<1>();
-                if (kb > piece.begin) release(held);
+                if (kb > piece.begin) release(place.before());
                 load(w[(j + C::kAhead) % C::kSets], kb + C::kAhead);
-                held = place.stage;
                 place.next();
             }
         }
         wait_products<0>();
-        release(held);
+        release(place.before());
 
-        if (!add_parts<C::kM * C::kTokens / 2, 128, C::kCluster * C::kWarpgroups>(
-                p, piece, block_x() / C::kCluster, rank * C::kWarpgroups + group, &acc[0][0], thread,
-                shared.flags + group, barrier)) {
+        if (!add_parts<C::kM * C::kTokens / 2, 128, C::kCluster, C::kCluster * C::kWarpgroups>(
+                p, piece, rank * C::kWarpgroups + group, &acc[0][0], thread, shared.flags + group, barrier)) {
             continue;
         }
         SK_UNROLL
         for (int m = 0; m < C::kM; ++m) {
             const int row0 = (row_block + m) * kBlockRows, token0 = tile.tokens * C::kTokens;
-            finish_rows<C::kTokens>(p, acc[m], row0 + 16 * (thread / 32), token0, thread % 32);
+            scale_rows<C::kTokens>(p, acc[m], row0 + 16 * (thread / 32), token0, thread % 32);
             mm_store<C>(p, acc[m], row0, token0, shared.staging + group * C::kStagingBytes, thread, barrier);
         }
     }
@@ -230,11 +230,10 @@ sp24_mm_sm90(SK_PARAM device::TensorMap x_map, SK_PARAM Mm p) {
     }
     const int row_tiles = (p.row_blocks * kBlockRows + C::kCluster * C::kRows - 1) / (C::kCluster * C::kRows);
     const int token_tiles = (p.m + C::kTokens - 1) / C::kTokens;
-    const Pieces pieces(block_x() / C::kCluster, grid_x() / C::kCluster, row_tiles * token_tiles, p.streamed,
-                        p.k_blocks);
+    const Pieces<C::kCluster> pieces(p, row_tiles * token_tiles);
     if (thread_index() < 128) {
         keep_registers<40>();
-        if (thread_index() == 0) mm_produce<C>(&x_map, shared, pieces, row_tiles, token_tiles);
+        if (thread_index() == 0) mm_produce<C>(&x_map, p, shared, pieces, row_tiles, token_tiles);
     } else {
         take_registers<232>();
         mm_consume<C>(p, shared, pieces, row_tiles, token_tiles);
