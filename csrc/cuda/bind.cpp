@@ -7,6 +7,8 @@
 
 namespace py = pybind11;
 
+void bind_bitmap_cuda(py::module_& m);
+void bind_csr_cuda(py::module_& m);
 void bind_sp24_cuda(py::module_& m);
 
 #ifdef SK_EMULATOR
@@ -22,5 +24,7 @@ PYBIND11_MODULE(_emulator, m) {
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "sparsekern CUDA kernels";
 #endif
+    bind_bitmap_cuda(m);
+    bind_csr_cuda(m);
     bind_sp24_cuda(m);
 }

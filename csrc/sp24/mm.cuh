@@ -1,6 +1,7 @@
 // What every sp24 matrix product is told, and how its work is dealt out: Y[M, N] = epilogue(X[M, K] W[N, K]^T).
 #pragma once
 #include "../device/epilogue.h"
+#include "../device/parts.h"
 #include "fragments.cuh"
 
 namespace sk::sp24 {
@@ -36,51 +37,8 @@ SK_DEVICE Tile tile_at(int i, int row_tiles, int token_tiles) {
     return {inside / width, first + inside % width};
 }
 
-// A worker's share of a tile: blocks [begin, end) of K. Workers first .. last have parts of it.
-struct Piece {
-    int tile, begin, end, first, last;
-    SK_DEVICE bool whole() const { return first == last; }
-};
-
-class Pieces {
-public:
-    SK_DEVICE Pieces(int worker, int workers, int tiles, int streamed, int k_blocks)
-        : worker_(worker), workers_(workers), tiles_(tiles), k_blocks_(k_blocks), next_(streamed + worker) {
-        units_ = int64_t{streamed} * k_blocks;
-        sharing_ = units_ < workers ? static_cast<int>(units_) : workers;
-        unit_ = worker < sharing_ ? units_ * worker / sharing_ : 0;
-        end_ = worker < sharing_ ? units_ * (worker + 1) / sharing_ : 0;
-    }
-
-    SK_DEVICE bool take(Piece& piece) {
-        if (unit_ < end_) {
-            const int tile = static_cast<int>(unit_ / k_blocks_), begin = static_cast<int>(unit_ % k_blocks_);
-            const int64_t left = end_ - unit_;
-            const int end = left < k_blocks_ - begin ? begin + static_cast<int>(left) : k_blocks_;
-            piece = {tile, begin, end, owner(int64_t{tile} * k_blocks_),
-                     owner(int64_t{tile} * k_blocks_ + k_blocks_ - 1)};
-            unit_ += end - begin;
-            return true;
-        }
-        if (next_ < tiles_) {
-            piece = {next_, 0, k_blocks_, worker_, worker_};
-            next_ += workers_;
-            return true;
-        }
-        return false;
-    }
-
-    // The streamed blocks that are left, numbered through all tiles.
-    SK_DEVICE int64_t unit() const { return unit_; }
-    SK_DEVICE int64_t end() const { return end_; }
-
-private:
-    // The worker w with floor(w * units / sharing) <= unit < floor((w + 1) * units / sharing).
-    SK_DEVICE int owner(int64_t unit) const { return static_cast<int>(((unit + 1) * sharing_ - 1) / units_); }
-
-    int worker_, workers_, tiles_, k_blocks_, next_, sharing_;
-    int64_t units_, unit_, end_;
-};
+using device::Piece;
+using device::Pieces;
 
 // Adds up the parts of a tile in the kThreads threads that hold one part's accumulators (one of kGroups such groups of
 // the worker). Returns whether this was the last part to come, which then holds the sum. `flag` is a word of shared
@@ -90,31 +48,12 @@ SK_DEVICE bool add_parts(const Mm& p, const Piece& piece, int worker, int group,
                          uint32_t* flag, uint32_t barrier) {
     if (piece.whole()) return true;
     // A worker has at most one part that begins its tile (slot 1) and one that does not (slot 0).
-    const auto slot = [&](int of, int which) {
-        return static_cast<Acc*>(p.partials) + ((int64_t{2} * of + which) * kGroups + group) * kCount * kThreads +
-               thread;
+    const auto slot = [&](int part) {
+        const int64_t place = int64_t{2} * (piece.first + part) + (part == 0);
+        return static_cast<Acc*>(p.partials) + (place * kGroups + group) * kCount * kThreads + thread;
     };
-    Acc* mine = slot(worker, worker == piece.first);
-    SK_UNROLL
-    for (int i = 0; i < kCount; ++i) mine[i * kThreads] = acc[i];
-    uint32_t* counter = p.counters + piece.tile * kGroups + group;
-    device::sync_named(barrier, kThreads);
-    if (thread == 0) *flag = device::announce(counter);
-    device::sync_named(barrier, kThreads);
-    if (*flag != static_cast<uint32_t>(piece.last - piece.first)) return false;
-    if (thread == 0) *counter = 0;
-    SK_UNROLL
-    for (int i = 0; i < kCount; ++i) acc[i] = 0;
-    SK_NO_UNROLL
-    for (int w = piece.first; w <= piece.last; ++w) {
-        const Acc* part = slot(w, w == piece.first);
-        SK_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-            if (i % 16 == 0) device::keep_order();  // not all loads at once: they would need registers
-            acc[i] += device::load_announced(part + i * kThreads);
-        }
-    }
-    return true;
+    return device::add_parts<kCount, kThreads>(slot, worker - piece.first, piece.last - piece.first + 1,
+                                               p.counters + piece.tile * kGroups + group, acc, thread, flag, barrier);
 }
 
 // Turns a warp's sums of 16 rows (a D fragment, kTokens wide) into outputs, in their registers.
