@@ -1,14 +1,17 @@
-"""Builds sparsekern._host with g++ (or clang++) and ninja. Imports no torch.
+"""Builds sparsekern._host with g++ (or clang++), and sparsekern._cuda with nvcc, by ninja. Imports no torch.
 
 Every csrc/<format>/host.cpp is compiled once per instruction set; csrc/core/isa.h says how the sets are told
 apart. Environment: SPARSEKERN_ISAS=avx2,amx builds only those and portable, which is always built;
 SPARSEKERN_SANITIZE=address,undefined adds sanitizers; CXX names the compiler, with arguments if need be.
+SPARSEKERN_CUDA_ARCHS=80,90a names the GPU architectures (default: that of the GPU here, without one all; "none": no
+GPU module); CUDACXX names nvcc.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -22,6 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 FORMATS = ("csr", "bsr", "sp24", "bitmap")
+# 90a: the sm_90a kernels, and the others for sm_90. 75 and older have no sparse tensor cores.
+CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512cd -mprefer-vector-width=512"
 BF16 = f"{AVX512} -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx512vpopcntdq -mavx512bf16"
 # In rising order: core/isa.h has the same names and numbers.
@@ -84,6 +89,98 @@ def wanted_isas(cxx: list[str]) -> list[str]:
     if refused:
         say(f"{shlex.join(cxx)} cannot compile for {', '.join(refused)}: such processors run the next lower kernels")
     return [name for name in asked if name not in refused]
+
+
+def find_nvcc() -> str | None:
+    """The nvcc in CUDACXX, below CUDA_HOME, or on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    below = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
+    return shutil.which(os.environ.get("CUDACXX", "nvcc")) or below or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def why_not_cuda(nvcc: str | None) -> str | None:
+    """What this machine lacks to build the GPU kernels, or None where they can be built."""
+    if os.environ.get("SPARSEKERN_CUDA_ARCHS") == "none":
+        return "SPARSEKERN_CUDA_ARCHS=none"
+    if nvcc is None:
+        return "no nvcc found"
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    version = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    if done.returncode or not version:
+        return f"{nvcc} does not run"
+    if (int(version[1]), int(version[2])) < (12, 5):
+        return f"{nvcc} is of CUDA {version[1]}.{version[2]}, and mma.sp::ordered_metadata needs 12.5"
+    return None
+
+
+def wanted_archs() -> list[str]:
+    """The GPU architectures to build for: those asked for, else that of the GPU here, else all."""
+    asked = os.environ.get("SPARSEKERN_CUDA_ARCHS")
+    if asked:
+        unknown = set(asked.split(",")) - set(CUDA_ARCHS)
+        if unknown:
+            raise SystemExit(f"SPARSEKERN_CUDA_ARCHS: unknown {sorted(unknown)}; known: {list(CUDA_ARCHS)}")
+        return asked.split(",")
+    smi = shutil.which("nvidia-smi")
+    command = [smi or "", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.split() if smi else []
+    here = {"90a" if cap == "9.0" else cap.replace(".", "") for cap in found}
+    return sorted(here & set(CUDA_ARCHS)) or list(CUDA_ARCHS)
+
+
+def cuda_ninja_file(cxx: list[str], nvcc: str, out: Path, objects: Path) -> str:
+    """The GPU module's build: nvcc for csrc/*/launch*.cu, the C++ compiler for the bindings and to link."""
+    import pybind11
+
+    sources = runpy.run_path(str(ROOT / "sparsekern" / "_sources.py"))
+    archs = wanted_archs()
+    plain = [arch.rstrip("a") for arch in archs]
+    codes = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in plain)
+    codes += f" -gencode arch=compute_{plain[-1]},code=compute_{plain[-1]}"  # for cards that are newer than this
+    home = Path(os.path.realpath(nvcc_root(nvcc)))
+    includes = " ".join(f"-isystem {shlex.quote(path)}" for path in (pybind11.get_include(), *python_includes()))
+    lines = [
+        f"cxx = {shlex.join(cxx)}".replace("$", "$$"),
+        f"nvcc = {shlex.quote(nvcc)} -ccbin {shlex.quote(cxx[-1])}".replace("$", "$$"),
+        f"python = {includes}".replace("$", "$$"),
+        "rule device",  # what ptxas says of registers and spills stays beside the object, for the tests
+        "  command = $nvcc -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -MD -MF $out.d $flags "
+        "-c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule compile",
+        "  command = $cxx -std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule link",
+        f"  command = $cxx -shared -pthread $in -o $out -L{shlex.quote(str(home / 'lib64'))} "
+        f"-L{shlex.quote(str(home / 'lib'))} -lcudart_static -ldl -lrt",
+        "  description = $out",
+    ]
+    made = []
+    for source, name, kind in sources["cuda_units"]():
+        target = escape(objects / f"{name}.o")
+        if source.suffix == ".cpp":
+            flags = f"$python -DSK_SOURCES={sources['digest'](cuda=True)}ull -DSK_ARCHS='\"{','.join(archs)}\"'"
+            lines += [f"build {target}: compile {escape(source)}", f"  flags = {flags}"]
+        else:
+            flags = codes
+            if "sm90" in source.name:
+                flags = "-gencode arch=compute_90a,code=sm_90a" + ("" if "90a" in archs else " -DSK_NO_KERNELS")
+            flags += f" -DSK_TYPE={kind}" if kind else ""
+            lines += [f"build {target}: device {escape(source)}", f"  flags = {flags}"]
+        made.append(target)
+    lines.append(f"build {escape(out)}: link {' '.join(made)}")
+    return "\n".join(lines) + "\n"
+
+
+def nvcc_root(nvcc: str) -> str:
+    """The toolkit's folder; nvcc itself may be a script that calls another."""
+    done = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", done.stderr, re.MULTILINE)
+    return top[1] if top else str(Path(nvcc).resolve().parent.parent)
 
 
 def ninja_file(cxx: list[str], out: Path, objects: Path) -> str:
@@ -149,20 +246,25 @@ class NinjaBuild(build_ext):
     """Writes build.ninja and runs it; without a compiler the package installs with its torch backend only."""
 
     def build_extension(self, ext: Extension) -> None:
-        if shutil.which("nvcc") is None:
-            say("no nvcc found: the GPU kernels are not built and CUDA tensors run on plain torch")
-        cxx = find_compiler()
+        cxx, nvcc, on_gpu = find_compiler(), find_nvcc(), ext.name.endswith("_cuda")
         missing = why_not_host(cxx)
+        if on_gpu:
+            missing = missing or why_not_cuda(nvcc)
+            without = "the GPU kernels are not built and CUDA tensors run on Triton or plain torch"
+        else:
+            without = "the CPU kernels are not built and every op runs on plain torch, slowly"
         if missing:
-            say(f"{missing}: the CPU kernels are not built and every op runs on plain torch, slowly")
+            say(f"{missing}: {without}")
             return
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Not build_temp: pip makes a new one for every editable install, and the build would never be incremental.
-        kind = "-".join(["host", *os.environ.get("SPARSEKERN_SANITIZE", "").split(",")]).rstrip("-")
+        sanitized = "" if on_gpu else os.environ.get("SPARSEKERN_SANITIZE", "")
+        kind = "-".join(["cuda" if on_gpu else "host", *sanitized.split(",")]).rstrip("-")
         objects = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}"
         objects.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        (objects / "build.ninja").write_text(ninja_file(cxx, out, objects))
+        text = cuda_ninja_file(cxx, str(nvcc), out, objects) if on_gpu else ninja_file(cxx, out, objects)
+        (objects / "build.ninja").write_text(text)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         try:
             subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(objects), *jobs], check=True)
@@ -177,4 +279,7 @@ class NinjaBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-setup(ext_modules=[Extension("sparsekern._host", sources=[])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension("sparsekern._host", sources=[]), Extension("sparsekern._cuda", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import sparsekern as sk
 from sparsekern import _ext
-from sparsekern.nn import SparseLinear
+from sparsekern.conv.geometry import weight_of
+from sparsekern.nn import SparseConv2d, SparseLinear
 from sparsekern.testing import random_weight
 
 Variants = dict[str, Callable[[], Any]]
@@ -179,6 +180,75 @@ def training() -> Iterator[Case]:
             yield Case("training_step", params, (Bar("dense", 3.0),), make, gate=_gate(1e-4))
 
 
+# Kernel, channels in and out, image side, stride; a batch of 8.
+CONVOLUTIONS = ((3, 256, 256, 28, 1), (1, 512, 512, 14, 1), (3, 256, 256, 28, 2))
+CONV_WEIGHTS = (
+    ("csr", None, 0.5), ("csr", None, 0.8), ("csr", None, 0.9), ("sp24", None, 0.5), ("bsr", 16, 0.9), ("bsr", 32, 0.9)
+)  # fmt: skip
+
+
+def conv() -> Iterator[Case]:
+    """SparseConv2d against nn.Conv2d, forward alone and with all gradients; torch's own memory order (NCHW).
+
+    2:4 and blocks lie along the channels at a fixed tap, as pruning makes them.
+    """
+    for kernel, c, o, side, stride in CONVOLUTIONS:
+        for format, block, sparsity in CONV_WEIGHTS:
+            for dtype, backward in ((d, b) for d in ("float32", "bfloat16") for b in (False, True)):
+
+                def make(
+                    geometry: tuple[int, ...] = (kernel, c, o, side, stride),
+                    format: str = format,
+                    block: int | None = block,
+                    density: float = 1 - sparsity,
+                    dtype: torch.dtype = SHORT[dtype],
+                    backward: bool = backward,
+                ) -> Variants:
+                    sparse, dense, x = _convolutions(*geometry, format, block, density, dtype)
+                    if backward:
+                        return {"sparsekern": _gradients(sparse, x), "dense": _gradients(dense, x)}
+                    sparse.requires_grad_(False)
+                    dense.requires_grad_(False)
+                    return {"sparsekern": lambda: sparse(x), "dense": lambda: dense(x)}
+
+                params = {
+                    "convolution": f"{kernel}x{kernel}, {c}→{o}, {side}x{side}" + (f", stride {stride}" * (stride > 1)),
+                    "batch": 8,
+                    "format": f"{format} {block}" if block else format,
+                    "sparsity": sparsity,
+                    "dtype": dtype,
+                    "pass": "forward + backward" if backward else "forward",
+                }
+                yield Case("conv", params, (), make, gate=_gate(2e-2 if dtype == "bfloat16" else 1e-4))
+
+
+def _convolutions(
+    kernel: int, c: int, o: int, side: int, stride: int, format: str, block: int | None, density: float,
+    dtype: torch.dtype,
+) -> tuple[SparseConv2d, torch.nn.Conv2d, Tensor]:  # fmt: skip
+    """The same random convolution, sparse and dense, and images for it."""
+    dense = torch.nn.Conv2d(c, o, kernel, stride, kernel // 2, dtype=dtype)
+    kw = {"block": (block, block)} if block else {}
+    order = "rsc" if format in ("sp24", "bsr") else "crs"
+    matrix, _ = _dense_linear(o, c * kernel**2, 1, dtype, format, density, **kw)
+    dense.weight.data.copy_(weight_of(matrix, (kernel, kernel), order))
+    sparse = SparseConv2d.from_dense(dense, format=format, block_size=block or 16, order=order)
+    x = torch.randn(8, c, side, side, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return sparse, dense, x
+
+
+def _gradients(module: torch.nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Forward and the gradients of x, weight and bias; the result is dX."""
+    x = x.clone().requires_grad_()
+    parameters = list(module.parameters())
+
+    def run() -> Tensor:
+        y = module(x)
+        return torch.autograd.grad(y, [x, *parameters], y.detach())[0]
+
+    return run
+
+
 def _step(module: torch.nn.Module, x: Tensor) -> Callable[[], Tensor]:
     """A training step; the result is dX, so that the gate sees forward and backward."""
     x = x.clone().requires_grad_()
@@ -233,12 +303,43 @@ def overhead() -> Iterator[Case]:
         yield Case("overhead", {"format": format, "shape": "32x32", "M": 1}, (), make)
 
 
+def grid() -> Iterator[Case]:
+    """What sparsekern/heuristic.py is fitted to (bench/fit_heuristic.py): decode to prefill, every format and type."""
+    for format, block in (("csr", None), ("bsr", 32), ("sp24", None), ("bitmap", None)):
+        for dtype in ("float32", "bfloat16"):
+            for sparsity in (0.5,) if format == "sp24" else (0.5, 0.9):
+                for m in (1, 4, 16, 64, 256, 1024):
+
+                    def make(
+                        format: str = format,
+                        block: int | None = block,
+                        m: int = m,
+                        density: float = 1 - sparsity,
+                        dtype: torch.dtype = SHORT[dtype],
+                    ) -> Variants:
+                        kw = {"block": (block, block)} if block else {}
+                        weight, x = _dense_linear(2048, 2048, m, dtype, format, density, **kw)
+                        dense = torch.nn.Linear(2048, 2048, bias=False, dtype=dtype)
+                        dense.weight.data.copy_(weight)
+                        sparse = SparseLinear.from_dense(dense, format=format, block_size=block or 32)
+                        sparse.requires_grad_(False)
+                        dense.requires_grad_(False)
+                        return {"sparsekern": lambda: sparse(x), "dense": lambda: dense(x)}
+
+                    params = {"format": format, "shape": "2048x2048", "M": m, "sparsity": sparsity, "dtype": dtype}
+                    yield Case("grid", params, (), make, gate=_gate(1e-2 if dtype == "bfloat16" else 1e-5))
+
+
+# Those of the README's tables come first; `grid` is run by its name only.
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "csr_mm": csr_mm,
     "bsr_mm": bsr_mm,
     "sp24_mm": sp24_mm,
     "decode": decode,
     "training_step": training,
+    "conv": conv,
     "packing": packing,
     "overhead": overhead,
+    "grid": grid,
 }
+TABLES = tuple(name for name in GROUPS if name != "grid")

@@ -1,7 +1,8 @@
 """Gate, time, record: python -m bench.run [GROUP ...] [--out FILE] [--repeats N].
 
-Every case is checked before it is timed. A row holds the median and the spread of each variant, each bar with its
-ratio and whether it was met, and the machine; `scripts/results_table` writes the README's tables from these files.
+GROUP is one of bench/cases.py; without one, all that the README shows. Every case is checked before it is timed. A row
+holds the median and the spread of each variant, each bar with its ratio and whether it was met, and the machine;
+`scripts/results_table` writes the README's tables from these files.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", choices=[*catalogue.GROUPS, []], help="default: all")
+    parser.add_argument("groups", nargs="*", choices=[*catalogue.GROUPS, []], help="default: all that the README shows")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     console = report.console()
     rows: list[dict[str, Any]] = []
-    for group in args.groups or catalogue.GROUPS:
+    for group in args.groups or catalogue.TABLES:
         made = []
         for case in catalogue.GROUPS[group]():
             row = run(case, args.repeats)

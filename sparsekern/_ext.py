@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import warnings
 from functools import cache
 from types import ModuleType
@@ -13,6 +15,7 @@ from ._sources import digest
 
 # csrc/core/types.h has the same numbers.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+FP8 = torch.float8_e4m3fn
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
@@ -25,19 +28,23 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 @cache
-def _load_host() -> tuple[ModuleType | None, str | None]:
-    """The compiled CPU module, or why there is none that this Python code can use."""
-    module, reason = _load("_host")
+def _load_fitting(name: str, what: str, compiler: str) -> tuple[ModuleType | None, str | None]:
+    """A compiled module, or why there is none that this Python code can use."""
+    module, reason = _load(name)
     if module is None:
-        return None, f"the compiled CPU module is missing (reinstall with a C++ compiler): {reason}"
-    there, built = digest(), getattr(module, "sources", None)
+        return None, f"the compiled {what} module is missing (reinstall with {compiler}): {reason}"
+    there, built = digest(cuda=name == "_cuda"), getattr(module, "sources", None)
     if built is not None and there in (None, built):
         return module, None
     # An old module has other entries, or reads other plans: wrong numbers would be the mild case.
     how = "pip install --force-reinstall sparsekern" if there is None else "python setup.py build_ext --inplace"
-    reason = f"the compiled CPU module is out of date; rebuild it with: {how}"
-    warnings.warn(f"sparsekern: {reason} (until then every op runs on plain torch, slowly)", stacklevel=2)
+    reason = f"the compiled {what} module is out of date; rebuild it with: {how}"
+    warnings.warn(f"sparsekern: {reason} (until then every op runs on plain torch, slowly)", stacklevel=3)
     return None, reason
+
+
+def _load_host() -> tuple[ModuleType | None, str | None]:
+    return _load_fitting("_host", "CPU", "a C++ compiler")
 
 
 def host() -> ModuleType:
@@ -58,12 +65,99 @@ def host_packs(dense: torch.Tensor) -> bool:
     return dense.device.type == "cpu" and dense.dtype in DTYPES and why_not_host() is None
 
 
-def why_not_cuda() -> str | None:
-    """Why the compiled GPU kernels are not available, or None where they are."""
+CUDA_DTYPES = {**DTYPES, FP8: 4, torch.int32: 5}
+_emulator: ModuleType | None = None
+
+
+def emulate(module: ModuleType | None) -> None:
+    """Lets the GPU kernels run on CPU tensors, in an emulator with the entries of sparsekern._cuda: for tests."""
+    global _emulator
+    _emulator = module
+
+
+def emulating() -> bool:
+    return _emulator is not None
+
+
+def cuda() -> ModuleType:
+    """The compiled GPU module. Call only where `why_not_cuda` is None."""
+    if _emulator is not None:
+        return _emulator
+    module, reason = _load_fitting("_cuda", "GPU", "nvcc")
+    if module is None:
+        raise RuntimeError(f"sparsekern._cuda cannot be used: {reason}")
+    return module
+
+
+def why_not_cuda(device: torch.device | None = None) -> str | None:
+    """Why the compiled GPU kernels cannot run on this device (None: on any), or None where they can."""
+    if _emulator is not None:
+        return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    module, reason = _load("_cuda")
-    return None if module is not None else f"the compiled GPU module is missing: {reason}"
+    if device is not None and device.type != "cuda":
+        return f"the GPU kernels take CUDA tensors, not {device.type} tensors"
+    module, reason = _load_fitting("_cuda", "GPU", "nvcc")
+    if module is None:
+        return reason
+    return None if device is None else _why_not_arch(device, module.archs)
+
+
+@cache
+def _why_not_arch(device: torch.device, archs: str) -> str | None:
+    """Code for 8.x runs on later 8.y, other code on its own architecture, PTX of the last one on anything newer."""
+    here, built = capability(device), [int(arch.rstrip("a")) for arch in archs.split(",")]
+    if here < 80:
+        return f"the GPU kernels need compute capability 8.0, {device} has {here / 10}"
+    if here >= built[-1] or any(arch // 10 == here // 10 and arch <= here for arch in built):
+        return None
+    return f"the GPU kernels were built for {archs}, {device} has compute capability {here / 10}"
+
+
+def stream_of(x: torch.Tensor) -> int:
+    """The CUDA stream that work on x belongs to."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+@cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on CPU tensors (TRITON_INTERPRET=1): for tests, not for speed."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device, or None where they can."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"Triton kernels run on CUDA tensors (on CPU tensors with TRITON_INTERPRET=1), not on {device.type}"
+    missing = _triton_missing()
+    if missing is None and device.type == "cuda" and capability(device) < 80:
+        return f"Triton kernels need compute capability 8.0, {device} has {capability(device) / 10}"
+    return missing
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Compute capability times ten (90: Hopper); that of an A100 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many thread blocks can run beside each other, at least; few where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,15 @@ def unwatched(values: Tensor, x: Tensor, other: Tensor | None = None) -> bool:
     )
 
 
+def _refuse_onnx(format: str) -> None:
+    """Instead of the exporter's own message, which knows no cure."""
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            f"ONNX has no product with a {format} weight: export the dense twin, sparsekern.to_dense_(model); "
+            "torch.export keeps it sparse"
+        )
+
+
 def _define(name: str, schema: str, run: Any, fake: Any) -> dict[str, Any]:
     """An op for every format, around run(layout, ...)."""
 
@@ -74,12 +83,17 @@ def _define(name: str, schema: str, run: Any, fake: Any) -> dict[str, Any]:
         layout = FORMATS[format].layout
 
         def impl(values, index, scale, dims, *rest):
+            _refuse_onnx(format)
             return run(layout.from_parts(values, tuple(index), scale, tuple(dims)), *rest)
+
+        def fake_impl(*arguments):
+            _refuse_onnx(format)
+            return fake(*arguments)
 
         op = f"{format}_{name}"
         _library.define(f"{op}({_WEIGHT}, {schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(op, impl, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sparsekern::{op}", fake, lib=_library)
+        torch.library.register_fake(f"sparsekern::{op}", fake_impl, lib=_library)
         return getattr(torch.ops.sparsekern, op).default
 
     return {format: make(format) for format in FORMATS}

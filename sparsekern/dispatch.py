@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import tune
+from ._ext import emulating, interpreting
 from .formats import FORMATS, Format, backend_module
 from .layout import Layout
 
@@ -25,11 +26,18 @@ def backends(format: str, device_type: str) -> tuple[str, ...]:
     return (*FORMATS[format].backends.get(device_type, ()), "ref")
 
 
+def named(format: str, device_type: str) -> tuple[str, ...]:
+    """The backends that run on a device type when asked for by name; interpreted and emulated kernels run only then."""
+    on_gpu = FORMATS[format].backends.get("cuda", ())
+    simulated = {"triton": interpreting(), "cuda": emulating()}
+    return (*backends(format, device_type), *(name for name in on_gpu if simulated.get(name)))
+
+
 def why_not(backend: str, op: str, layout: Layout, x: Tensor) -> str | None:
     """Why `backend` cannot run this call, or None where it can."""
     if backend not in BACKENDS:
         return f"there is no backend of this name; known: {', '.join(BACKENDS)}"
-    if backend not in backends(layout.format, x.device.type):
+    if backend not in named(layout.format, x.device.type):
         return f"format {layout.format} has no such backend on {x.device.type} tensors"
     return backend_module(layout.format, backend).why_not(op, layout, x)
 

@@ -2,8 +2,8 @@
 
 A call takes a fixed cost, its bytes and its arithmetic, on either side. Few tokens are mostly bytes
 (decode), many mostly arithmetic (prefill), so M decides as much as the weight does. The constants are one
-core's, measured on an AMX machine with 2048 x 2048 weights and scaled to the other instruction sets by
-their dense rates; only ratios matter, because cores scale both sides.
+core's of an AMX machine, fitted to measurements by bench/fit_heuristic.py, and scaled to the other
+instruction sets by their dense rates; only ratios matter, because cores scale both sides.
 """
 
 from __future__ import annotations
@@ -25,23 +25,44 @@ class Expected(NamedTuple):
     speedup: float
 
 
-# Dense GFLOP/s of a core as torch reaches them, by instruction set: float32, bfloat16, float16.
-_DENSE = {
-    "amx": (165.0, 850.0, 250.0),
-    "avx512_bf16": (160.0, 250.0, 120.0),
-    "avx512": (160.0, 100.0, 100.0),
-    "avx2": (80.0, 40.0, 40.0),
-    "portable": (60.0, 30.0, 30.0),
+class Rates(NamedTuple):
+    """What one side of the comparison reaches with one type: a line through its time over M."""
+
+    gflops: float  # on the multiplications that it does
+    gbs: float  # bytes of the stored weight a nanosecond, indices included
+    panel: float = 0.0  # nanoseconds to bring a byte of x or y into the order of the kernels and back
+    gemv: float = 0.0  # gbs at a single token, where that is another kernel
+
+
+# Of an AMX core. 16-bit values of csr are multiplied in float32 vectors, those of the others in matrix units.
+# <fitted> python -m bench.fit_heuristic --write
+DENSE = {
+    "float32": Rates(186.0, 7.82, gemv=14.0),
+    "bfloat16": Rates(1190.0, 15.6, gemv=8.76),
 }
-# Bytes a nanosecond, dense by item size: torch's 16-bit GEMV is slow.
-_DENSE_GBS = {4: 28.0, 2: 12.0}
-_SPARSE_GBS = 24.0
+SPARSE = {
+    "csr": {"float32": Rates(149.0, 8.0, panel=0.474), "bfloat16": Rates(100.0, 8.0, panel=0.2)},
+    "bsr": {"float32": Rates(153.0, 11.2, panel=0.221), "bfloat16": Rates(986.0, 31.1, panel=0.224)},
+    "sp24": {"float32": Rates(126.0, 12.0, panel=0.197), "bfloat16": Rates(564.0, 8.54, panel=0.0987)},
+    "bitmap": {"float32": Rates(90.0, 12.0, panel=0.2), "bfloat16": Rates(277.0, 9.57, panel=0.101)},
+}
+# </fitted>
+# Dense rates of the instruction sets: float32 and bfloat16 relative to AMX, float16 to the set's own float32.
+_SCALE = {
+    "amx": (1.0, 1.0, 1.5),
+    "avx512_bf16": (0.97, 0.29, 0.75),
+    "avx512": (0.97, 0.12, 0.62),
+    "avx2": (0.48, 0.047, 0.5),
+    "portable": (0.36, 0.035, 0.5),
+}
 _OVERHEAD_US = {"dense": 4.0, "sparse": 12.0}
-# Share of the dense float32 rate (bsr: of the type's own) that a kernel reaches on the multiplications it
-# does.
-_EFFICIENCY = {"csr": 0.6, "bsr": 0.9, "sp24": 0.57, "bitmap": 0.26}
 _INDEX_BYTES = {"csr": 4.0, "bsr": 0.0, "sp24": 0.25, "bitmap": 0.0}  # beside each stored value
-_PANEL_NS = 0.32  # to bring a byte of x or y into the order of the kernels and back
+
+
+def stored_bytes(format: str, n: int, k: int, item: int, density: float) -> float:
+    """Bytes of the stored weight, indices included."""
+    stored = 0.5 if format == "sp24" else density
+    return n * k * (stored * (item + _INDEX_BYTES[format]) + (0.125 if format == "bitmap" else 0.0))
 
 
 def predict(device: str, format: str, op: str, m: int, n: int, k: int, dtype: torch.dtype, density: float) -> Expected:
@@ -56,19 +77,39 @@ def predict(device: str, format: str, op: str, m: int, n: int, k: int, dtype: to
         raise ValueError(f"expected a format of {', '.join(FORMATS)} and an op of {', '.join(OPS)}")
     if min(m, n, k) < 0 or not 0 <= density <= 1:
         raise ValueError(f"m, n, k must not be negative and density a share, got {(m, n, k, density)}")
-    if kind not in ("cpu", "cuda") or (isa and isa not in _DENSE):
-        raise ValueError(f"device must be cpu, cuda or cpu-<{', '.join(_DENSE)}>, got {device!r}")
+    if kind not in ("cpu", "cuda") or (isa and isa not in _SCALE):
+        raise ValueError(f"device must be cpu, cuda or cpu-<{', '.join(_SCALE)}>, got {device!r}")
     regime = "decode" if m <= DECODE else "prefill"
-    column = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}.get(dtype)
-    if kind == "cuda" or not isa or column is None:
+    if kind == "cuda" or not isa or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         # The reference unpacks the weight before a dense product: never faster than that product.
         return Expected("ref", regime, 0.5)
-    float32, own = _DENSE[isa][0], _DENSE[isa][column]
-    item, stored = dtype.itemsize, 0.5 if format == "sp24" else density
-    flops, size, tokens = 2e-3 * m * n * k, 1e-3 * n * k, 1e-3 * item * m * (n + k)  # over GFLOP/s, GB/s: us
-    dense = _OVERHEAD_US["dense"] + flops / own + item * size / _DENSE_GBS[item]
-    index = _INDEX_BYTES[format] * stored + (0.125 if format == "bitmap" else 0.0)
-    rate = _EFFICIENCY[format] * (own if format == "bsr" else float32)
-    panels = tokens * _PANEL_NS * (0.3 if format == "bsr" and item == 2 else 1.0)
-    read = (stored * item + index) * size / _SPARSE_GBS
-    return Expected("host", regime, dense / (_OVERHEAD_US["sparse"] + stored * flops / rate + read + panels))
+    name = "float32" if dtype == torch.float32 else "bfloat16"
+    dense_gflops, sparse_gflops = _gflops(isa, format, dtype)
+    dense = dense_us(DENSE[name]._replace(gflops=dense_gflops), m, n, k, dtype.itemsize)
+    rates = SPARSE[format][name]._replace(gflops=sparse_gflops)
+    return Expected("host", regime, dense / sparse_us(rates, format, m, n, k, dtype.itemsize, density))
+
+
+def dense_us(rates: Rates, m: int, n: int, k: int, item: int) -> float:
+    """Microseconds of a dense product with `item` bytes a value."""
+    gbs = rates.gemv if m == 1 and rates.gemv else rates.gbs
+    return _OVERHEAD_US["dense"] + 2e-3 * m * n * k / rates.gflops + 1e-3 * item * n * k / gbs
+
+
+def sparse_us(rates: Rates, format: str, m: int, n: int, k: int, item: int, density: float) -> float:
+    """Microseconds of the product with a weight of the format."""
+    stored = 0.5 if format == "sp24" else density
+    size = n * k * (stored * (item + _INDEX_BYTES[format]) + (0.125 if format == "bitmap" else 0.0))
+    panels = rates.panel * item * m * (n + k)
+    return _OVERHEAD_US["sparse"] + 2e-3 * m * n * k * stored / rates.gflops + 1e-3 * (size / rates.gbs + panels)
+
+
+def _gflops(isa: str, format: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Dense and sparse GFLOP/s of an instruction set: float16 runs on float32 vectors, bfloat16 on what is faster."""
+    float32, bfloat16, float16 = _SCALE[isa]
+    vectors = SPARSE[format]["float32"].gflops * float32
+    if dtype == torch.bfloat16:
+        units = SPARSE[format]["bfloat16"].gflops * bfloat16
+        return DENSE["bfloat16"].gflops * bfloat16, units if isa == "amx" else max(vectors, units)
+    dense = DENSE["float32"].gflops * float32
+    return (dense if dtype == torch.float32 else dense * float16), vectors

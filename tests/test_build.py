@@ -72,6 +72,69 @@ def test_no_compiler_is_one_line(tmp_path: Path) -> None:
     assert not list((tmp_path / "lib").rglob("*.so"))
 
 
+# scripts/setup with an interpreter that only writes down what it would install --------------------------------------
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+*"-m pip"*) echo "$*" >>pip.log ;;
+*urllib*) exit {offline} ;;
+*"import torch"*) ;;
+*) exec {python} "$@" ;;
+esac
+"""
+
+
+def set_up(folder: Path, driver: bool, offline: bool = True) -> list[str]:
+    """What scripts/setup asks pip for, a command a line, on a machine with or without an NVIDIA driver."""
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    commands = {"python3": FAKE_PYTHON.format(python=sys.executable, offline=int(offline))}
+    if driver:
+        commands["nvidia-smi"] = "#!/bin/sh\nexit 0\n"
+    for name, text in commands.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    for name in ("scripts/setup", "setup.py", "pyproject.toml"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "csrc").mkdir(exist_ok=True)
+    (folder / "pip.log").write_text("")
+    # A version that no interpreter has, so that what is installed here does not count.
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": "", "SPARSEKERN_TORCH": "99.0.0"}
+    done = subprocess.run(["bash", "scripts/setup"], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return (folder / "pip.log").read_text().splitlines()
+
+
+HAS_DRIVER = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="torch has one wheel for this system")
+
+
+@LINUX
+def test_setup_takes_a_cuda_torch_where_there_is_a_driver(tmp_path: Path) -> None:
+    torch, *_ = [line for line in set_up(tmp_path, driver=True) if "torch" in line]
+    assert torch.endswith("install torch==99.0.0,!=99.0.0+cpu")
+
+
+@LINUX
+@pytest.mark.skipif(HAS_DRIVER, reason="this machine has an NVIDIA driver")
+@pytest.mark.parametrize("offline", [True, False])
+def test_setup_takes_a_cpu_torch_elsewhere(tmp_path: Path, offline: bool) -> None:
+    torch, *_ = [line for line in set_up(tmp_path, driver=False, offline=offline) if "torch" in line]
+    assert torch.endswith(" torch==99.0.0")
+    assert ("--index-url" in torch) != offline
+
+
+@LINUX
+def test_setup_installs_the_package_once(tmp_path: Path) -> None:
+    first = set_up(tmp_path, driver=False)
+    assert any("--editable .[all]" in line for line in first)
+    assert not any("--editable" in line for line in set_up(tmp_path, driver=False))
+    (tmp_path / "csrc" / "new.h").write_text("int a;")
+    assert any("--editable" in line for line in set_up(tmp_path, driver=False))
+
+
 def test_unknown_isa_in_the_build_is_refused(tmp_path: Path) -> None:
     env = {**os.environ, "SPARSEKERN_ISAS": "portable,avx1024"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,10 @@ from sparsekern.nn import SparseConv2d, SparseLinear
 from sparsekern.testing import assert_close, random_dense, reference_mm
 
 N, K = 20, 30
+STRICT = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."),
+    reason="torch 2.6 cannot export an autograd.Function strictly with a dynamic size",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -116,39 +123,101 @@ def test_inductor() -> None:
     assert module.values.grad is not None
 
 
+def saved(program: torch.export.ExportedProgram, folder: Path) -> nn.Module:
+    """What a program computes after it was written and read."""
+    torch.export.save(program, folder / "model.pt2")
+    return torch.export.load(folder / "model.pt2").module()
+
+
 @param(FOUR)
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "inside"])
-def test_export(case: Case, alone: bool) -> None:
-    """torch.export with a dynamic number of tokens, and the exported program against eager."""
-    layer = SparseLinear.from_packed(case.pack(case.dense(N, K)), random_dense(N, seed=3), "relu")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_export(case: Case, alone: bool, bias: bool, tmp_path: Path) -> None:
+    """torch.export with a dynamic number of tokens; the program, also saved and loaded, against eager."""
+    weight = case.pack(case.dense(N, K))
+    layer = SparseLinear.from_packed(weight, random_dense(N, seed=3) if bias else None, "relu")
     module = layer if alone else nn.Sequential(layer)
     tokens = torch.export.Dim("tokens", min=2, max=512)
     x = random_dense(4, K)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: tokens},), strict=False)
+    assert any(f"sparsekern.{case.format}_mm" in str(node.target) for node in program.graph.nodes)
+    loaded = saved(program, tmp_path)
     for m in (4, 9, 130):
         x = random_dense(m, K, seed=m)
         assert torch.equal(program.module()(x), module(x))
-    assert any(f"sparsekern.{case.format}_mm" in str(node.target) for node in program.graph.nodes)
+        assert torch.equal(loaded(x), module(x))
 
 
 @param(FOUR)
-def test_export_conv(case: Case) -> None:
-    """A SparseConv2d as the root module; every format's buffers must be names that a graph may have."""
-    conv = nn.Conv2d(8, 12, 3, padding=1)
-    conv.weight = nn.Parameter(case.dense(12, 72).view(12, 8, 3, 3))
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=STRICT), False], ids=["strict", "not strict"])
+def test_export_of_batched_tokens(case: Case, strict: bool) -> None:
+    """Both leading dimensions [batch, tokens, K] may change."""
+    layer = SparseLinear.from_packed(case.pack(case.dense(N, K)), random_dense(N, seed=3))
+    batch, tokens = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("tokens", min=2, max=512)
+    program = torch.export.export(
+        layer, (random_dense(6, 4 * K).reshape(6, 4, K),), dynamic_shapes=({0: batch, 1: tokens},), strict=strict
+    )
+    for b, m in ((6, 4), (2, 7), (1, 33)):
+        x = random_dense(b * m, K, seed=m).reshape(b, m, K)
+        assert torch.equal(program.module()(x), layer(x))
+
+
+@param(FOUR)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("geometry", [(3, 1, 1), (1, 1, 0), (3, 2, 1)], ids=["3x3", "1x1", "stride 2"])
+def test_export_conv(case: Case, bias: bool, geometry: tuple[int, int, int], tmp_path: Path) -> None:
+    """A SparseConv2d as the root module, with any number of images; names of buffers must be ones a graph may have."""
+    kernel, stride, padding = geometry
+    conv = nn.Conv2d(8, 12, kernel, stride, padding, bias=bias)
+    conv.weight = nn.Parameter(case.dense(12, 8 * kernel**2).view(12, 8, kernel, kernel))
     layer = SparseConv2d.from_dense(conv, format=case.format, block_size=case.block)
-    x = random_dense(2, 8, 6, 5)
-    program = torch.export.export(layer, (x,))
-    assert torch.equal(program.module()(x), layer(x))
+    images = torch.export.Dim("images", min=1, max=64)
+    x = random_dense(2, 240).reshape(2, 8, 6, 5)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: images},), strict=False)
     assert any(f"sparsekern.{case.format}_conv2d" in str(node.target) for node in program.graph.nodes)
+    loaded = saved(program, tmp_path)
+    for count in (2, 1, 5):
+        x = random_dense(count, 240, seed=count).reshape(count, 8, 6, 5)
+        assert torch.equal(program.module()(x), layer(x))
+        assert torch.equal(loaded(x), layer(x))
 
 
-def test_export_saved(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    case = Case("sp24")
-    module = SparseLinear.from_packed(case.pack(case.dense(N, K)), random_dense(N, seed=3))
+def test_a_saved_program_runs_where_sparsekern_is_imported(tmp_path: Path) -> None:
+    """In another process, which knows the ops but not the module's class instance."""
+    layer = SparseLinear.from_packed(Case("csr").pack(Case("csr").dense(N, K)), random_dense(N, seed=3))
     x = random_dense(4, K)
-    torch.export.save(torch.export.export(module, (x,)), tmp_path / "model.pt2")
-    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), module(x))
+    torch.export.save(torch.export.export(layer, (x,), strict=False), tmp_path / "model.pt2")
+    torch.save((x, layer(x).detach()), tmp_path / "example.pt")
+    code = (
+        "import torch, sparsekern\n"
+        "x, y = torch.load('example.pt')\n"
+        "assert torch.equal(torch.export.load('model.pt2').module()(x), y)\n"
+    )
+    root = str(Path(sk.__file__).parent.parent)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["torch.export", "TorchScript"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_says_what_to_do(kind: str, dynamo: bool) -> None:
+    """ONNX has no sparse weights: either exporter ends with the way out, and that way works."""
+    pytest.importorskip("onnxscript")
+    module = nn.Linear(K, N) if kind == "linear" else nn.Conv2d(8, 12, 3)
+    model = nn.Sequential(module, nn.ReLU()).eval()
+    x = random_dense(4, K) if kind == "linear" else random_dense(2, 240).reshape(2, 8, 6, 5)
+    sk.convert_(model, format="csr", policy="always", progress=False)
+    with pytest.raises(Exception, match=r"ONNX has no product with a csr weight: .*to_dense_"):
+        torch.onnx.export(model, (x,), io.BytesIO(), dynamo=dynamo)
+    sk.to_dense_(model)
+    torch.onnx.export(model, (x,), io.BytesIO(), dynamo=dynamo)
 
 
 FIRST = """

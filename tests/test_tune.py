@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsekern as sk
+from bench import fit_heuristic
 from sparsekern import dispatch, formats, heuristic, tune
 from sparsekern.heuristic import predict
 from sparsekern.tune import Case, Record
@@ -285,7 +286,7 @@ def test_dispatch_follows_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None
 
 # Predictions ------------------------------------------------------------------------------------------------
 
-DEVICES = ("cpu", "cuda", *(f"cpu-{isa}" for isa in heuristic._DENSE))
+DEVICES = ("cpu", "cuda", *(f"cpu-{isa}" for isa in heuristic._SCALE))
 SIZES = (0, 1, 7, 16, 64, 65, 512, 4096)
 
 
@@ -307,7 +308,7 @@ def test_heuristic_names_every_format() -> None:
     assert set(heuristic.FORMATS) == set(formats.FORMATS)
 
 
-@pytest.mark.parametrize("isa", heuristic._DENSE)
+@pytest.mark.parametrize("isa", heuristic._SCALE)
 @pytest.mark.parametrize("format", ["csr", "bsr", "bitmap"])
 @pytest.mark.parametrize("m", [1, 16, 128, 2048])
 def test_fewer_weights_are_never_slower(isa: str, format: str, m: int) -> None:
@@ -323,10 +324,49 @@ def test_predictions_know_the_known_cases() -> None:
 
     assert gain("csr", 128, torch.float32, 0.05) > 5
     assert gain("csr", 512, torch.bfloat16, 0.5) < 1  # dense tensor units win by far
-    assert gain("bsr", 512, torch.bfloat16, 0.1) > 5
+    assert gain("csr", 1, torch.float32, 0.5) < 1.2  # 4 bytes of column for every 4 bytes of value
+    assert gain("bsr", 512, torch.bfloat16, 0.1) > 3.5
+    assert 0.8 < gain("sp24", 512, torch.bfloat16, 0.5) < 1.1  # dense tiles either way
     assert gain("sp24", 1, torch.bfloat16, 0.5) > 1.4
     assert gain("bitmap", 1, torch.bfloat16, 0.5) > 1.4
     assert gain("csr", 1, torch.float32, 0.5, size=32) < 1  # a small layer is all overhead
+
+
+def test_the_constants_are_those_of_the_measurements() -> None:
+    """sparsekern/heuristic.py holds what bench/fit_heuristic.py makes of bench/results."""
+    dense, sparse, misses = fit_heuristic.fit(fit_heuristic.load())
+    for name, rates in dense.items():
+        assert heuristic.DENSE[name] == pytest.approx(rates, rel=0.02)
+    for format, by_type in sparse.items():
+        for name, rates in by_type.items():
+            assert heuristic.SPARSE[format][name] == pytest.approx(rates, rel=0.02)
+    assert len(misses) >= 6
+    assert max(misses.values()) < 1.5, misses
+
+
+def test_a_fit_finds_the_rates_behind_the_times() -> None:
+    true = heuristic.Rates(300.0, 9.0, 0.15)
+    cases = [(m, d) for m in (1, 8, 64, 512) for d in (0.05, 0.1, 0.3, 0.5)]
+
+    def times(rates: heuristic.Rates) -> list[float]:
+        return [heuristic.sparse_us(rates, "csr", m, 2048, 1024, 4, d) for m, d in cases]
+
+    found, miss = fit_heuristic.fit_rates(heuristic.Rates(100.0, 20.0, 0.2), times, times(true), few=1)
+    assert found == pytest.approx(true, rel=0.1)
+    assert miss < 1.05
+    kept, _ = fit_heuristic.fit_rates(heuristic.Rates(100.0, 20.0, 0.2), times, times(true), few=64)
+    assert kept.gbs == 20.0
+
+
+def test_rows_that_the_fit_must_not_see() -> None:
+    def row(**changes: object) -> dict:
+        times = {name: {"median": 1.0} for name in ("sparsekern", "dense")}
+        params = {"shape": "64x32", "M": 4, "sparsity": 0.9, "dtype": "float32"}
+        return {"group": "csr_mm", "params": params, "threads": 1, "ms": times} | changes
+
+    assert fit_heuristic.observations([row()]) == [("csr", "float32", 4, 64, 32, pytest.approx(0.1), 1e3, 1e3)]
+    assert fit_heuristic.observations([row(threads=2)])[0].sparse == 2e3  # of two cores
+    assert not fit_heuristic.observations([row(error="wrong"), row(group="packing"), row(group="overhead")])
 
 
 @pytest.mark.parametrize(

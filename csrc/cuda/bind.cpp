@@ -1,5 +1,8 @@
-// The Python module sparsekern._cuda; the tests build the same sources as an emulator (SK_EMULATOR).
+// The Python module sparsekern._cuda; the tests build the same units as an emulator (SK_EMULATOR).
 #include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
 
 #ifdef SK_EMULATOR
 #include "engine.h"
@@ -23,6 +26,8 @@ PYBIND11_MODULE(_emulator, m) {
 #else
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "sparsekern CUDA kernels";
+    m.attr("sources") = uint64_t{SK_SOURCES};
+    m.attr("archs") = SK_ARCHS;
 #endif
     bind_bitmap_cuda(m);
     bind_csr_cuda(m);

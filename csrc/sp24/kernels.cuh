@@ -37,12 +37,19 @@ struct MmCall {
 // Y[M, N] = epilogue(X[M, K] W[N, K]^T); throws std::runtime_error where the launch fails.
 void mm(const MmCall& call);
 
-// Each family lists its kernels and runs one of them.
-void list_mm_sm90(int type, std::vector<KernelInfo>& to);
-void list_mm_sm80(int type, std::vector<KernelInfo>& to);
-void list_decode(int type, std::vector<KernelInfo>& to);
+// Each family lists its kernels for one operand type (sparsekern/_ext.py's number) and runs one of them. They are
+// compiled type by type: setup.py defines SK_TYPE.
+template <int kType>
+void list_mm_sm90(std::vector<KernelInfo>& to);
+template <int kType>
+void list_mm_sm80(std::vector<KernelInfo>& to);
+template <int kType>
+void list_decode(std::vector<KernelInfo>& to);
+template <int kType>
 void run_mm_sm90(int index, const MmCall& call);
+template <int kType>
 void run_mm_sm80(int index, const MmCall& call);
+template <int kType>
 void run_decode(int index, const MmCall& call);
 
 }  // namespace sk::sp24

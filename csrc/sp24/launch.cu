@@ -1,22 +1,40 @@
 // The list of sp24's kernels, and the call that finds its own in it.
+#include <stdexcept>
+
 #include "kernels.cuh"
 
 namespace sk::sp24 {
 
+// Calls f.template operator()<kType>() for a run-time operand type: bf16, fp16, int8, e4m3.
+template <class F>
+static void with_type(int type, F f) {
+    switch (type) {
+        case 1: return f.template operator()<1>();
+        case 2: return f.template operator()<2>();
+        case 3: return f.template operator()<3>();
+        case 4: return f.template operator()<4>();
+        default: throw std::runtime_error("sp24: no kernel for operands of type " + std::to_string(type));
+    }
+}
+
 std::vector<KernelInfo> kernels(int type) {
     std::vector<KernelInfo> all;
-    list_mm_sm90(type, all);
-    list_mm_sm80(type, all);
-    list_decode(type, all);
+    with_type(type, [&]<int kType>() {
+        list_mm_sm90<kType>(all);
+        list_mm_sm80<kType>(all);
+        list_decode<kType>(all);
+    });
     return all;
 }
 
 void mm(const MmCall& call) {
 #define SK_COUNT(...) +1
     constexpr int kSm90 = 0 SK_SP24_MM_SM90(SK_COUNT), kSm80 = 0 SK_SP24_MM_SM80(SK_COUNT);
-    if (call.kernel < kSm90) return run_mm_sm90(call.kernel, call);
-    if (call.kernel < kSm90 + kSm80) return run_mm_sm80(call.kernel - kSm90, call);
-    run_decode(call.kernel - kSm90 - kSm80, call);
+    with_type(call.type, [&]<int kType>() {
+        if (call.kernel < kSm90) return run_mm_sm90<kType>(call.kernel, call);
+        if (call.kernel < kSm90 + kSm80) return run_mm_sm80<kType>(call.kernel - kSm90, call);
+        run_decode<kType>(call.kernel - kSm90 - kSm80, call);
+    });
 }
 
 }  // namespace sk::sp24

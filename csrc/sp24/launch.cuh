@@ -42,18 +42,6 @@ Mm mm_parameters(const MmCall& c) {
     return p;
 }
 
-// Calls f.template operator()<T>() for a run-time operand type.
-template <class F>
-auto with_type(int type, F f) {
-    switch (static_cast<Type>(type)) {
-        case Type::bf16: return f.template operator()<Type::bf16>();
-        case Type::f16: return f.template operator()<Type::f16>();
-        case Type::e4m3: return f.template operator()<Type::e4m3>();
-        case Type::i8: return f.template operator()<Type::i8>();
-        default: throw std::runtime_error("sp24: no kernel for operands of type " + std::to_string(type));
-    }
-}
-
 // Calls f.template operator()<C>() for the index-th type of the tuple.
 template <class Tuple, class F>
 void with_config(int index, F f) {

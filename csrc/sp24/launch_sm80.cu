@@ -1,4 +1,5 @@
 // The kernels of sp24 that run on any card since Ampere (fp8: since Ada).
+// SK_TYPE: 1 2 3 4
 #include "decode.cuh"
 #include "launch.cuh"
 #include "mm_sm80.cuh"
@@ -13,43 +14,47 @@ template <Type T>
 using DecodeKernels = decltype(rest_of(std::declval<std::tuple<void* SK_SP24_DECODE(SK_ENTRY_DECODE)>>()));
 }  // namespace
 
-void list_mm_sm80(int type, std::vector<KernelInfo>& to) {
-    with_type(type, [&]<Type T>() {
-        [&]<class... C>(std::tuple<C...>*) {
-            (to.push_back(
-                 {"mm_sm80", C::kRows, C::kTokens, 1, C::kThreads, C::kSharedBytes, 2 * C::kRows * C::kTokens, 1}),
-             ...);
-        }(static_cast<MmKernels<T>*>(nullptr));
-    });
+template <int kType>
+void list_mm_sm80(std::vector<KernelInfo>& to) {
+    constexpr Type T = static_cast<Type>(kType);
+    [&]<class... C>(std::tuple<C...>*) {
+        (to.push_back({"mm_sm80", C::kRows, C::kTokens, 1, C::kThreads, C::kSharedBytes, 2 * C::kRows * C::kTokens, 1}),
+         ...);
+    }(static_cast<MmKernels<T>*>(nullptr));
 }
 
-void list_decode(int type, std::vector<KernelInfo>& to) {
-    with_type(type, [&]<Type T>() {
-        [&]<class... C>(std::tuple<C...>*) {
-            (to.push_back(
-                 {"decode", kBlockRows, C::kTokens, 1, C::kThreads, C::kSharedBytes, 2 * kBlockRows * C::kTokens, 1}),
-             ...);
-        }(static_cast<DecodeKernels<T>*>(nullptr));
-    });
+template <int kType>
+void list_decode(std::vector<KernelInfo>& to) {
+    constexpr Type T = static_cast<Type>(kType);
+    [&]<class... C>(std::tuple<C...>*) {
+        (to.push_back(
+             {"decode", kBlockRows, C::kTokens, 1, C::kThreads, C::kSharedBytes, 2 * kBlockRows * C::kTokens, 1}),
+         ...);
+    }(static_cast<DecodeKernels<T>*>(nullptr));
 }
 
+template <int kType>
 void run_mm_sm80(int index, const MmCall& call) {
-    with_type(call.type, [&]<Type T>() {
-        with_config<MmKernels<T>>(index, [&]<class C>() {
-            const device::Shape shape{static_cast<unsigned>(call.workers), 1, C::kThreads, C::kSharedBytes};
-            device::launch("sp24_mm_sm80", sp24_mm_sm80<C>, shape, call.stream, mm_parameters<T>(call));
-        });
+    constexpr Type T = static_cast<Type>(kType);
+    with_config<MmKernels<T>>(index, [&]<class C>() {
+        const device::Shape shape{static_cast<unsigned>(call.workers), 1, C::kThreads, C::kSharedBytes};
+        device::launch("sp24_mm_sm80", sp24_mm_sm80<C>, shape, call.stream, mm_parameters<T>(call));
     });
 }
 
+template <int kType>
 void run_decode(int index, const MmCall& call) {
-    with_type(call.type, [&]<Type T>() {
-        with_config<DecodeKernels<T>>(index, [&]<class C>() {
-            if (call.m > C::kTokens) throw std::runtime_error("sp24_decode: more tokens than the kernel has");
-            const device::Shape shape{static_cast<unsigned>(call.workers), 1, C::kThreads, C::kSharedBytes};
-            device::launch("sp24_decode", sp24_decode<C>, shape, call.stream, mm_parameters<T>(call));
-        });
+    constexpr Type T = static_cast<Type>(kType);
+    with_config<DecodeKernels<T>>(index, [&]<class C>() {
+        if (call.m > C::kTokens) throw std::runtime_error("sp24_decode: more tokens than the kernel has");
+        const device::Shape shape{static_cast<unsigned>(call.workers), 1, C::kThreads, C::kSharedBytes};
+        device::launch("sp24_decode", sp24_decode<C>, shape, call.stream, mm_parameters<T>(call));
     });
 }
+
+template void list_mm_sm80<SK_TYPE>(std::vector<KernelInfo>& to);
+template void run_mm_sm80<SK_TYPE>(int index, const MmCall& call);
+template void list_decode<SK_TYPE>(std::vector<KernelInfo>& to);
+template void run_decode<SK_TYPE>(int index, const MmCall& call);
 
 }  // namespace sk::sp24

@@ -1,4 +1,5 @@
 // The sm_90a kernels of sp24: compiled for that architecture alone.
+// SK_TYPE: 1 2 3 4
 #include "launch.cuh"
 #include "mm_sm90.cuh"
 
@@ -9,29 +10,36 @@ template <Type T>
 using Kernels = decltype(rest_of(std::declval<std::tuple<void* SK_SP24_MM_SM90(SK_ENTRY)>>()));
 }  // namespace
 
-void list_mm_sm90(int type, std::vector<KernelInfo>& to) {
-    with_type(type, [&]<Type T>() {
-        [&]<class... C>(std::tuple<C...>*) {
-            (to.push_back({"mm_sm90", C::kCluster * C::kRows, C::kTokens, C::kCluster, C::kThreads, C::kSharedBytes,
-                           2 * C::kCluster * C::kRows * C::kTokens, C::kCluster * C::kWarpgroups}),
-             ...);
-        }(static_cast<Kernels<T>*>(nullptr));
-    });
+template <int kType>
+void list_mm_sm90(std::vector<KernelInfo>& to) {
+    constexpr Type T = static_cast<Type>(kType);
+    [&]<class... C>(std::tuple<C...>*) {
+        (to.push_back({"mm_sm90", C::kCluster * C::kRows, C::kTokens, C::kCluster, C::kThreads, C::kSharedBytes,
+                       2 * C::kCluster * C::kRows * C::kTokens, C::kCluster * C::kWarpgroups}),
+         ...);
+    }(static_cast<Kernels<T>*>(nullptr));
 }
 
-void run_mm_sm90(int index, const MmCall& call) {
-    with_type(call.type, [&]<Type T>() {
-        with_config<Kernels<T>>(index, [&]<class C>() {
-            const Mm p = mm_parameters<T>(call);
-            if ((call.x | static_cast<uint64_t>(call.x_stride) * device::bytes_of(T)) % 16) {
-                throw std::runtime_error("sp24_mm_sm90: every row of x must begin at a multiple of 16 bytes");
-            }
-            const auto map = device::tensor_map(p.x, T, p.k, p.m, p.x_stride, C::kTokens / C::kCluster);
-            const device::Shape shape{static_cast<unsigned>(call.workers * C::kCluster), C::kCluster, C::kThreads,
-                                      C::kSharedBytes};
-            device::launch("sp24_mm_sm90", sp24_mm_sm90<C>, shape, call.stream, map, p);
-        });
+template <int kType>
+void run_mm_sm90([[maybe_unused]] int index, [[maybe_unused]] const MmCall& call) {
+#ifdef SK_NO_KERNELS
+    throw std::runtime_error("sparsekern was built without the sm_90a kernels");
+#else
+    constexpr Type T = static_cast<Type>(kType);
+    with_config<Kernels<T>>(index, [&]<class C>() {
+        const Mm p = mm_parameters<T>(call);
+        if ((call.x | static_cast<uint64_t>(call.x_stride) * device::bytes_of(T)) % 16) {
+            throw std::runtime_error("sp24_mm_sm90: every row of x must begin at a multiple of 16 bytes");
+        }
+        const auto map = device::tensor_map(p.x, T, p.k, p.m, p.x_stride, C::kTokens / C::kCluster);
+        const device::Shape shape{static_cast<unsigned>(call.workers * C::kCluster), C::kCluster, C::kThreads,
+                                  C::kSharedBytes};
+        device::launch("sp24_mm_sm90", sp24_mm_sm90<C>, shape, call.stream, map, p);
     });
+#endif
 }
+
+template void list_mm_sm90<SK_TYPE>(std::vector<KernelInfo>& to);
+template void run_mm_sm90<SK_TYPE>(int index, const MmCall& call);
 
 }  // namespace sk::sp24

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import _ext, dispatch
+from ..conv import Geometry
 from ..conv import library as convolution
 from ..formats import FORMATS
 from ..layout import Layout
@@ -167,7 +168,7 @@ def _row(format: str, device: str, backend: str) -> dict[str, Any]:
                 reason = dispatch.why_not(backend, op, layout, x)
             else:
                 x = torch.zeros(1, 64, 1, 1, dtype=wide, device=device)
-                reason = convolution.why_not(backend, op, layout, x)
+                reason = convolution.why_not(backend, op, layout, x, Geometry(1, 1))
             name = str(dtype).removeprefix("torch.")
             if reason is None:
                 runs.setdefault(op, []).append(name)

@@ -23,7 +23,7 @@ from .geometry import Geometry, channels_last
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_not(op: str, layout: Layout, x: Tensor) -> str | None:
+def why_not(op: str, layout: Layout, x: Tensor, g: Geometry) -> str | None:
     """Why the compiled kernels cannot run this convolution, or None where they can."""
     reason = _ext.why_not_host()
     if reason is not None:

@@ -9,36 +9,38 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._ext import interpreting
 from .._library import _define, apply_of, unwatched
 from ..dispatch import BACKENDS
 from ..formats import FORMATS
 from ..layout import Layout
 from ..ref import ACTIVATIONS
-from . import host, ref
+from . import host, ref, triton
 from .geometry import Geometry, memory_format
 
-_MODULES = {"host": host, "ref": ref}
-_BACKENDS = {"cpu": ("host",)}  # device type -> backends beside the oracle, fastest first
+_MODULES = {"host": host, "triton": triton, "ref": ref}
+_BACKENDS = {"cpu": ("host",), "cuda": ("triton",)}  # device type -> backends beside the oracle, fastest first
 
 
-def why_not(backend: str, op: str, layout: Layout, x: Tensor) -> str | None:
+def why_not(backend: str, op: str, layout: Layout, x: Tensor, g: Geometry) -> str | None:
     """Why `backend` cannot run this convolution, or None where it can."""
     if backend not in BACKENDS:
         return f"there is no backend of this name; known: {', '.join(BACKENDS)}"
-    if backend not in (*_BACKENDS.get(x.device.type, ()), "ref"):
+    interpreted = backend == "triton" and interpreting()
+    if not interpreted and backend not in (*_BACKENDS.get(x.device.type, ()), "ref"):
         return f"convolution has no such backend on {x.device.type} tensors"
-    return _MODULES[backend].why_not(op, layout, x)
+    return _MODULES[backend].why_not(op, layout, x, g)
 
 
-def choose(op: str, layout: Layout, x: Tensor, backend: str | None) -> ModuleType:
+def choose(op: str, layout: Layout, x: Tensor, backend: str | None, g: Geometry) -> ModuleType:
     """The module that runs `op`; an explicit backend runs or raises with its reason."""
     if backend:
-        reason = why_not(backend, op, layout, x)
+        reason = why_not(backend, op, layout, x, g)
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} cannot run {layout.format}_{op}: {reason}")
         return _MODULES[backend]
     for module in _modules(x.device):
-        if module.why_not(op, layout, x) is None:
+        if module.why_not(op, layout, x, g) is None:
             return module
     return ref
 
@@ -54,7 +56,8 @@ def _geometry(geometry):
 
 
 def _conv2d(layout, x, bias, geometry, activation, backend):
-    return choose("conv2d", layout, x, backend).conv2d(layout, x, bias, _geometry(geometry), activation)
+    g = _geometry(geometry)
+    return choose("conv2d", layout, x, backend, g).conv2d(layout, x, bias, g, activation)
 
 
 def _conv2d_fake(values, index, scale, dims, x, bias, geometry, activation, backend):
@@ -80,7 +83,8 @@ def conv2d(
 
 
 def _conv2d_input(layout, dy, geometry, height, width, backend):
-    return choose("conv2d_input", layout, dy, backend).conv2d_input(layout, dy, _geometry(geometry), height, width)
+    g = _geometry(geometry)
+    return choose("conv2d_input", layout, dy, backend, g).conv2d_input(layout, dy, g, height, width)
 
 
 def _conv2d_input_fake(values, index, scale, dims, dy, geometry, height, width, backend):
@@ -107,7 +111,8 @@ def conv2d_input(
 
 
 def _conv2d_weight(layout, dy, x, geometry, backend):
-    return choose("conv2d_weight", layout, x, backend).conv2d_weight(layout, dy, x, _geometry(geometry))
+    g = _geometry(geometry)
+    return choose("conv2d_weight", layout, x, backend, g).conv2d_weight(layout, dy, x, g)
 
 
 def _conv2d_weight_fake(values, index, scale, dims, dy, x, geometry, backend):

@@ -16,7 +16,7 @@ from ..ref import ACTIVATIONS, _weight, _wide
 from .geometry import ORDERS, Geometry, matrix_of, memory_format, weight_of
 
 
-def why_not(op: str, layout: Layout, x: Tensor) -> str | None:
+def why_not(op: str, layout: Layout, x: Tensor, g: Geometry) -> str | None:
     """The oracle runs everything."""
     return None
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import dispatch, tune
-from ..conv import library
+from ..conv import Geometry, library
 from ..heuristic import predict
 from .base import SparseModule
 from .candidates import Candidate
@@ -62,8 +62,9 @@ def backend_of(module: SparseModule, x: Tensor) -> tuple[str, str]:
         name = dispatch.choose("mm", packed, rows).__name__.rpartition(".")[2]
         tried = {b: dispatch.why_not(b, "mm", packed, rows) for b in dispatch.backends(module.format, x.device.type)}
     else:
-        name = library.choose("conv2d", packed, x, None).__name__.rpartition(".")[2]
-        tried = {b: library.why_not(b, "conv2d", packed, x) for b in dispatch.BACKENDS}
+        geometry = cast(Geometry, module.geometry)
+        name = library.choose("conv2d", packed, x, None, geometry).__name__.rpartition(".")[2]
+        tried = {b: library.why_not(b, "conv2d", packed, x, geometry) for b in dispatch.BACKENDS}
     reasons = [f"{b}: {why}" for b, why in tried.items() if why is not None and "no such backend" not in why]
     return name, "" if name != "ref" else "; ".join(reasons) or f"no kernel on {x.device.type}"
 

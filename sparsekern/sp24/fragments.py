@@ -29,7 +29,7 @@ def pack(layout: Sp24) -> Tensor:
         raise ValueError(f"fragment order is for 16-bit and 8-bit values, not {values.dtype}")
     rows, blocks = -(-n // BLOCK_ROWS), -(-k // block_k(values.dtype))
     raw = _padded(values.contiguous().view(torch.uint8), rows * BLOCK_ROWS, blocks * 64, 0)
-    # Row 16 w + 8 h + g; byte 64 b + 32 s + 16 r + 4 t + e of the stored row. A thread is (w, g, t), its registers (r, h).
+    # Row 16 w + 8 h + g; byte 64 b + 32 s + 16 r + 4 t + e of the stored row. A thread is (w, g, t), a register (r, h).
     split = raw.view(rows, 4, 2, 8, blocks, 2, 2, 4, 4)
     operand = split.permute(0, 4, 5, 1, 3, 7, 6, 2, 8).reshape(rows, blocks, 4096)
     width = 8 if bytes_ == 2 else 16  # bytes of metadata in a row of a block

@@ -1,0 +1,196 @@
+"""Compiles the Triton kernels for cards that are not there; run as a program, prints one JSON row a kernel.
+
+    python tests/codegen.py CC KIND ...     KIND: quick or all
+
+In a process of its own: where TRITON_INTERPRET is set, kernels are not the compiler's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparsekern.bsr import kernels
+from sparsekern.bsr import triton as launcher
+from sparsekern.bsr.config import Config, config, sides
+
+NAMES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call as a launcher would make it: its kernel is compiled with the heuristic's configuration."""
+
+    op: str
+    m: int
+    block: tuple[int, int]
+    dtype: torch.dtype
+    weight: torch.dtype
+    precision: str = "tf32x3"
+    tma: bool | None = None
+    even: bool = True
+
+    def __str__(self) -> str:
+        kind = NAMES[self.dtype] + ("" if self.weight == self.dtype else f"*{NAMES[self.weight]}")
+        kind += f"-{self.precision}" if self.dtype == torch.float32 else ""
+        maps = "" if self.tma is None else "-maps" if self.tma else "-pointers"
+        return f"{self.op}-m{self.m}-{self.block[0]}x{self.block[1]}-{kind}{maps}{'' if self.even else '-odd'}"
+
+
+def cases(kind: str) -> Iterator[Case]:
+    half, fp32, i8, fp8 = torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn
+    yield Case("mm", 4096, (128, 128), half, half)
+    yield Case("mm", 4096, (64, 64), half, half, tma=False)
+    yield Case("mm", 8, (64, 64), half, half)
+    yield Case("mm_t", 4096, (128, 128), half, half)
+    yield Case("sddmm", 4096, (128, 128), half, half)
+    yield Case("mm", 4096, (16, 16), half, half)
+    yield Case("mm", 4096, (64, 64), fp32, fp32)
+    yield Case("mm", 4096, (64, 64), i8, i8)
+    yield Case("mm", 4096, (64, 64), half, i8)
+    if kind == "quick":
+        return
+    blocks = [(r, c) for r in (16, 32, 64, 128) for c in (16, 32, 64, 128)]
+    for block in blocks:
+        for m in (1, 32, 64, 256, 4096):
+            for op in ("mm", "mm_t", "sddmm"):
+                for tma in (None, False):
+                    yield Case(op, m, block, half, half, tma=tma)
+                for precision in ("ieee", "tf32", "tf32x3"):
+                    yield Case(op, m, block, fp32, fp32, precision)
+                yield Case(op, m, block, torch.float16, torch.float16, even=False)
+            if block[1] >= 32:
+                yield Case("mm", m, block, i8, i8)
+                yield Case("mm", m, block, fp8, fp8)
+            for op in ("mm", "mm_t"):
+                for dtype in (half, fp32):
+                    yield Case(op, m, block, dtype, i8)
+                yield Case(op, m, block, half, fp8)
+
+
+def chosen(case: Case, cc: int) -> Config:
+    made = config(case.op, case.m, 4096, 4096, case.block, case.dtype, 0.5, cc, precision=case.precision)
+    return made if case.tma is None else replace(made, tma=case.tma and cc >= 90)
+
+
+_SEEN: set[Any] = set()
+
+
+class Known(Exception):
+    """Another case has the same kernel."""
+
+
+def built(kernel: Any, arguments: dict[str, Any], how: Config, cc: int) -> Any:
+    """The compiled kernel. Arguments are types ("*bf16", "i32", "tensordesc<...>") or, with "=", constants."""
+    signature, constants, attributes = {}, {}, {}
+    for place, (name, value) in enumerate(arguments.items()):
+        if isinstance(value, tuple):
+            signature[name], constants[(place,)] = "constexpr", value[0]
+            continue
+        signature[name] = value
+        uneven = name in ("size", "inner_size", "n", "k") and arguments.get("EVEN") == (False,)
+        if value.startswith("*") or (name in DIVISIBLE and not uneven):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    key = (kernel.__name__, str(arguments), str(attributes), how.warps, how.stages, cc)
+    if key in _SEEN:
+        raise Known
+    _SEEN.add(key)
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": how.warps, "num_stages": how.stages}
+    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+
+
+DIVISIBLE = ("size", "inner_size", "x_stride", "y_stride", "dy_stride", "n", "k", "channels")
+
+
+def compile_case(case: Case, cc: int) -> tuple[Any, Config]:
+    how, x, w = chosen(case, cc), NAMES[case.dtype], NAMES[case.weight]
+    outer, inner = sides(case.op, case.block)
+    ints = case.dtype == torch.int8
+    small = case.dtype.itemsize == 1
+
+    def matrix(kind: str, rows: int, columns: int) -> str:
+        return f"tensordesc<{kind}[{rows},{columns}]>" if how.tma else f"*{kind}"
+
+    def integers(names: str) -> dict[str, Any]:
+        return dict.fromkeys(names.split(), "i32")
+
+    if case.op == "sddmm":
+        r, c = case.block
+        arguments = {
+            "dy": matrix(x, how.tokens, r), "x": matrix(x, how.tokens, c),
+            "out": f"*{x}" if how.parts == 1 else "*fp32", "row": "*i32", "col": "*i32",
+            **integers("m n k dy_stride x_stride share blocks"),
+            "R": (r,), "C": (c,), "TOKENS": (how.tokens,), "EVEN": (case.even,), "TMA": (how.tma,),
+            "PRECISION": (case.precision,),
+        }  # fmt: skip
+        return built(kernels.bsr_sddmm, arguments, how, cc), how
+    columns = case.op == "mm_t"
+    acc = torch.int32 if ints else torch.float32
+    box = (how.depth, outer) if columns else (outer, how.depth)
+    wide = "fp32" if small else x
+    arguments = {
+        "x": matrix(x, how.tokens, how.depth), "w": matrix(w, *box), "y": f"*{wide}", "partial": f"*{NAMES[acc]}",
+        "bias": (None,) if columns else f"*{wide}", "scale": "*fp32" if case.weight.itemsize == 1 else (None,),
+        "residual": (None,), "items": "*i32", "inner": "*i32", "gather": "*i32" if columns else (None,),
+        **integers("m size inner_size x_stride y_stride residual_stride count token_tiles"),
+        "OUT": (outer,), "IN": (inner,), "TOKENS": (how.tokens,), "DEPTH": (how.depth,), "TRANSPOSED": (columns,),
+        "EVEN": (case.even,), "TMA": (how.tma,), "ACTIVATION": ("none" if columns else "gelu_tanh",),
+        "PRECISION": (case.precision,), "TYPE": (launcher.triton_type(case.dtype),),
+        "ACC": (launcher.triton_type(acc),), "FP8": (case.dtype == torch.float8_e4m3fn,), "SPLIT": (how.most > 0,),
+        "GROUP": (how.group,),
+    }  # fmt: skip
+    return built(kernels.bsr_mm, arguments, how, cc), how
+
+
+MATRIX = re.compile(r"wgmma\.mma_async\.sync\.aligned\.[\w.]+|tcgen05\.mma\.[\w:.]+|mma\.sync\.aligned\.[\w.]+")
+
+
+def facts(made: Any) -> dict[str, Any]:
+    """Registers and stack (where registers spill to) from the cubin, shared memory, matrix instructions of the PTX."""
+    ptx = made.asm["ptx"]
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as there:
+        (Path(there) / "k.cubin").write_bytes(made.asm["cubin"])
+        command = [str(tool), "--dump-resource-usage", f"{there}/k.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", said)}
+    return {
+        "stack": used["STACK"] + used["LOCAL"], "registers": used["REG"], "shared": made.metadata.shared,
+        "matrix": sorted(set(MATRIX.findall(ptx))), "async": "cp.async" in ptx, "maps": "cp.async.bulk.tensor" in ptx,
+    }  # fmt: skip
+
+
+def main() -> None:
+    cc, kind = int(sys.argv[1]), sys.argv[2]
+    for case in cases(kind):
+        if (case.dtype == torch.float8_e4m3fn and cc < 89) or (case.weight == torch.float8_e4m3fn and cc < 89):
+            continue
+        row: dict[str, Any] = {"case": str(case), "cc": cc}
+        try:
+            made, how = compile_case(case, cc)
+            row |= facts(made) | {"how": str(how)}
+        except Known:
+            continue
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:400]
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

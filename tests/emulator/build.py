@@ -1,0 +1,60 @@
+"""Builds the emulator: the translation units of sparsekern._cuda by g++, with the engine, as module _emulator."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+from sparsekern._sources import cuda_units
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def build() -> ModuleType:
+    """The emulator, built or brought up to date in build/emulator-<python>."""
+    folder = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
+    cxx = os.environ.get("CXX") or next(name for name in ("g++", "clang++") if shutil.which(name))
+    includes = (ROOT / "csrc", ROOT / "csrc" / "device", HERE, pybind11.get_include(), sysconfig.get_path("include"))
+    flags = " ".join(f"-I{shlex.quote(str(path))}" for path in includes)
+    lines = [
+        f"flags = -std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -DSK_EMULATOR {flags}",
+        "rule compile",
+        f"  command = {cxx} $flags $more -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {cxx} -shared -pthread $in -o $out",
+    ]
+    made = []
+    units = [*cuda_units(), *((source, source.stem, None) for source in sorted(HERE.glob("*.cpp")))]
+    for source, name, kind in units:
+        made.append(f"{name}.o")
+        lines.append(f"build {name}.o: compile {_escaped(source)}")
+        if kind:
+            lines.append(f"  more = -DSK_TYPE={kind}")
+    lines.append(f"build {_escaped(out)}: link {' '.join(made)}")
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    done = subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the emulator cannot be built:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+    spec = importlib.util.spec_from_file_location("_emulator", out)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
