@@ -12,12 +12,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._ext import ACTIVATIONS, DTYPES, cuda, known_bias, processors, stream_of, unit_rows
+from ._ext import (
+    ACTIVATIONS,
+    DTYPES,
+    capability,
+    cuda,
+    emulating,
+    known_bias,
+    multiprocessors,
+    stream_of,
+    unit_rows,
+)
 from ._plan import plan
 from ._rows import DerivedRows, Rows
+from ._workspace import workspace
 
 MV_TOKENS = 4  # at most so many are a matrix-vector product
-_MV_CHUNK = 4096  # nonzeros of a part of a row, where a row is longer than twice that
+_MV_CHUNK = 4096  # nonzeros of a part of a row, where a row is longer than twice that; a multiple of 4
 _FILL = 2700  # cycles that a slice of X takes from the second-level cache: what a step costs without any nonzero
 _STEP = 10  # cycles of a nonzero where one row is all that a block waits for; beside others it takes one
 
@@ -56,9 +67,9 @@ def sddmm(w: Rows, dy: Tensor, x: Tensor) -> Tensor:
     topology = _topology(w)
     strips = -(-m // _strip(x))
     tiles = module.csr_sddmm_tiles(dtype)
-    workers = processors(x)
+    workers = multiprocessors(x.device)
     # Many rows share a slice of X where there are enough of them for the machine.
-    kernel = 0 if -(-n // tiles[0][2]) * topology.slices >= workers else 1
+    kernel = 0 if _large(x) and -(-n // tiles[0][2]) * topology.slices >= workers else 1
     rows_per, warps, rows = tiles[kernel][:3]
     groups = -(-n // rows)
     splits = max(1, min(strips, workers // (groups * topology.slices)))
@@ -92,14 +103,15 @@ def _mm(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: in
     topology, values = _topology(w), _aligned(w.values)
     strips = -(-m // _strip(x))
     tiles = module.csr_mm_tiles(dtype)
-    workers = processors(x)
+    workers = multiprocessors(x.device)
     density = w.col.shape[0] / max(1, n * k)
     # A slice of X that many rows share pays where rows are sparse, or where there is work enough for everybody.
-    kernel = 0 if density < 0.03 or -(-n // tiles[0][2]) * strips >= workers else 1
-    rows_per, warps, rows, tokens, _threads = tiles[kernel]
+    kernel = 0 if _large(x) and (density < 0.03 or -(-n // tiles[0][2]) * strips >= workers) else 1
+    rows_per, warps, rows, tokens = tiles[kernel][:4]
     items = _items(w, rows_per, warps, strips, workers)
     order = _order(w, rows_per, warps)
-    partials = y.new_empty(items.slots * strips * rows * tokens, dtype=torch.float32)
+    partials, counters = workspace(x, items.slots * strips * rows * tokens, items.counters * strips)
+    panels = _panels(x) if values.shape[0] else x  # no nonzero: it is not read
     module.csr_mm(
         kernel,
         dtype,
@@ -113,14 +125,14 @@ def _mm(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: in
         m,
         n,
         k,
-        _panels(x).data_ptr() if values.shape[0] else 0,
+        panels.data_ptr(),
         y.data_ptr(),
         n,
         bias,
         bias_type,
         activation,
         partials.data_ptr(),
-        _counters(y, items.counters * strips).data_ptr(),
+        counters.data_ptr(),
         stream_of(x),
     )
 
@@ -129,7 +141,7 @@ def _mv(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: in
     (n, k), m = w.shape, x.shape[0]
     values, units = _aligned(w.values), _units(w)
     tokens = 1 if m == 1 else MV_TOKENS
-    partials = y.new_empty(max(1, units.slots) * tokens, dtype=torch.float32)
+    partials, counters = workspace(x, units.slots * tokens, units.splits.shape[0])
     short = plan(w.col, "csr.cuda.short", lambda: _padded(_short(w.col))) if k <= 2**16 else None
     cuda().csr_mv(
         0 if m == 1 else 1,
@@ -153,9 +165,9 @@ def _mv(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: in
         bias,
         bias_type,
         activation,
-        max(1, min(2 * processors(x), -(-units.units.shape[0] // 64))),
+        max(1, min(2 * multiprocessors(x.device), -(-units.units.shape[0] // 64))),
         partials.data_ptr(),
-        _counters(y, units.splits.shape[0]).data_ptr(),
+        counters.data_ptr(),
         stream_of(x),
     )
 
@@ -182,8 +194,9 @@ def _aligned(values: Tensor) -> Tensor:
     return values if values.data_ptr() % 16 == 0 else values.clone()
 
 
-def _counters(like: Tensor, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=like.device)
+def _large(x: Tensor) -> bool:
+    """Whether a block may have the shared memory of two slices: not on consumer cards."""
+    return emulating() or capability(x.device) in (80, 87, 90, 100, 103)
 
 
 class _Topology(NamedTuple):
@@ -229,7 +242,7 @@ def _order(w: Rows, rows_per: int, warps: int) -> Tensor:
     def make() -> Tensor:
         groups = -(-n // rows)
         lengths = torch.nn.functional.pad(crow.diff(), (0, groups * rows - n), value=-1).view(groups, rows)
-        place = lengths.argsort(1, descending=True, stable=True)
+        place = lengths.argsort(dim=1, descending=True, stable=True)
         row = place + rows * torch.arange(groups, device=crow.device)[:, None]
         fours = torch.where(row < n, row, -1).view(groups, rows_per, warps, 4)
         fours[:, 1::2] = fours[:, 1::2].flip(2)

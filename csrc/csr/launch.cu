@@ -31,7 +31,7 @@ template <class, class... C>
 using Rest = Kernels<C...>;
 
 #define SK_ENTRY_MM(ROWS, WARPS, STAGES) , MmTile<T, ROWS, WARPS, STAGES>
-#define SK_ENTRY_SDDMM(ROWS, WARPS) , SddmmTile<T, ROWS, WARPS>
+#define SK_ENTRY_SDDMM(ROWS, WARPS, STAGES) , SddmmTile<T, ROWS, WARPS, STAGES>
 #define SK_ENTRY_MV(TOKENS) , MvTile<T, TOKENS>
 template <Type T>
 using MmKernels = Rest<None SK_CSR_MM(SK_ENTRY_MM)>;
@@ -62,7 +62,7 @@ std::vector<TileInfo> tiles(int type) {
     std::vector<TileInfo> all;
     with_type(type, [&]<Type T>() {
         [&]<class... C>(Kernels<C...>*) {
-            (all.push_back({C::kRowsPer, C::kWarps, C::kRows, panel_tokens(T), C::kThreads}), ...);
+            (all.push_back({C::kRowsPer, C::kWarps, C::kRows, panel_tokens(T), C::kSharedBytes}), ...);
         }(static_cast<List<T>*>(nullptr));
     });
     return all;

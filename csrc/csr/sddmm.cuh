@@ -22,14 +22,15 @@ struct Sddmm {
     Type out_type;
 };
 
-template <Type T_, int kRowsPer_, int kWarps_>
+template <Type T_, int kRowsPer_, int kWarps_, int kStages_>
 struct SddmmTile {
     static constexpr Type T = T_;
-    static constexpr int kRowsPer = kRowsPer_, kWarps = kWarps_;
+    static constexpr int kRowsPer = kRowsPer_, kWarps = kWarps_, kStages = kStages_;
     static constexpr int kThreads = kWarps * 32, kRows = kRowsPer * kWarps * 4;
     static constexpr int kPer = panel_tokens(T) / kSubwarp;
-    static constexpr int kStages = 2, kSliceBytes = kTileK * kPanelBytes;
-    static constexpr int kSharedBytes = kStages * kSliceBytes;
+    static constexpr int kSliceBytes = kTileK * kPanelBytes, kSharedBytes = kStages * kSliceBytes;
+    static constexpr int kBlocks = 3 / kStages;  // an SM's: what shared memory allows
+    static_assert(kRowsPer <= kSubwarp && (kStages == 1 || kStages == 2));
 };
 
 // After it lane c of each subwarp has the sum of the eight lanes' sums[c] in sums[0].
@@ -46,7 +47,7 @@ SK_DEVICE void add_across(float (&sums)[kSubwarp], uint32_t chunk) {
 }
 
 template <class C>
-SK_KERNEL(C::kThreads, 1)
+SK_KERNEL(C::kThreads, C::kBlocks)
 csr_sddmm(SK_PARAM Sddmm p) {
     using namespace device;
     constexpr Type T = C::T;
@@ -70,16 +71,16 @@ csr_sddmm(SK_PARAM Sddmm p) {
     const auto load = [&](int tile) {
         if (tile < last) {
             const char* panel = p.x_panels + int64_t{tile} * p.k * kPanelBytes;
-            copy_slice<C::kThreads>(memory + tile % 2 * C::kSliceBytes, panel, k0, k_rows, thread);
+            copy_slice<C::kThreads>(memory + tile % C::kStages * C::kSliceBytes, panel, k0, k_rows, thread);
         }
         commit_copies();
     };
-    load(first);
+    if (C::kStages == 2) load(first);
     for (int tile = first; tile < last; ++tile) {
-        load(tile + 1);
-        wait_copies<1>();
+        load(tile + C::kStages - 1);
+        wait_copies<C::kStages - 1>();
         sync_block();  // everybody's copies are here
-        const char* tokens = memory + tile % 2 * C::kSliceBytes + chunk * 16;
+        const char* tokens = memory + tile % C::kStages * C::kSliceBytes + chunk * 16;
         const char* dy_panel = p.dy_panels + int64_t{tile} * p.n * kPanelBytes;
         SK_NO_UNROLL
         for (int r = 0; r < C::kRowsPer; ++r) {

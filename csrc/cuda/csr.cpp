@@ -11,7 +11,7 @@ namespace {
 
 py::list tuples(const std::vector<TileInfo>& tiles) {
     py::list all;
-    for (const TileInfo& t : tiles) all.append(py::make_tuple(t.rows_per, t.warps, t.rows, t.tokens, t.threads));
+    for (const TileInfo& t : tiles) all.append(py::make_tuple(t.rows_per, t.warps, t.rows, t.tokens, t.shared_bytes));
     return all;
 }
 

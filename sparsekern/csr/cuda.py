@@ -17,7 +17,7 @@ def why_not(op: str, layout: Csr, x: Tensor) -> str | None:
         return f"values are {own}, activations {x.dtype}; they must agree"
     if own not in DTYPES or own == torch.int8:
         return f"{own} is not supported by the CUDA kernels"
-    return why_not_cuda(x)
+    return why_not_cuda(x.device)
 
 
 def mm(layout: Csr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:

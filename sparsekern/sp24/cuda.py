@@ -21,6 +21,7 @@ from .._ext import (
     why_not_cuda,
 )
 from .._plan import plan
+from .._workspace import workspace
 from ..ref import out_dtype
 from . import fragments
 from .config import Choice, Kernel, candidates
@@ -160,32 +161,6 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _scratch(x: Tensor, kernel: Kernel, how: Choice) -> tuple[Tensor, Tensor]:
-    """Partial sums, and counters that every launch leaves at zero: one set for each stream, grown when needed.
-
-    A call belongs to one stream, so calls that share a set follow each other.
-    """
+    """Partial sums, and counters that every launch leaves at zero."""
     words = kernel.partial_words * how.workers if how.streamed else 0
-    return _workspace(x.device, stream_of(x)).get(words, kernel.counters * how.tiles)
-
-
-class _Workspace:
-    """Outgrown memory is kept: a CUDA graph may have been captured with it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.partials = torch.empty(0, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(4096, dtype=torch.int32, device=device)
-        self.outgrown: list[Tensor] = []
-
-    def get(self, words: int, counters: int) -> tuple[Tensor, Tensor]:
-        if words > self.partials.numel():
-            self.outgrown.append(self.partials)
-            self.partials = self.partials.new_empty(words)
-        if counters > self.counters.numel():
-            self.outgrown.append(self.counters)
-            self.counters = self.counters.new_zeros(2 * counters)
-        return self.partials, self.counters
-
-
-@cache
-def _workspace(device: torch.device, stream: int) -> _Workspace:
-    return _Workspace(device)
+    return workspace(x, words, kernel.counters * how.tiles)

@@ -1,0 +1,2 @@
+#include <pybind11/pybind11.h>
+void bind_bitmap_cuda(pybind11::module_&) {}
