@@ -19,6 +19,7 @@ from .._ext import (
     stream_of,
     unit_rows,
     why_not_cuda,
+    word_rows,
 )
 from .._plan import plan
 from .._workspace import workspace
@@ -71,7 +72,7 @@ def mm(
         return y
     if k == 0:
         raise NotImplementedError("a weight without columns has no CUDA kernel")
-    x = _readable(unit_rows(x))
+    x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
     how = how or choice(layout, x)
     kernel = kernels(CUDA_DTYPES[dtype])[how.kernel]
     scratch = _scratch(x, kernel, how)
@@ -146,18 +147,6 @@ def choice(layout: Sp24, x: Tensor) -> Choice:
 @lru_cache(maxsize=4096)
 def _choice(dtype: int, m: int, n: int, k_blocks: int, card: int, processors: int, aligned: bool) -> Choice:
     return candidates(kernels(dtype), m, n, k_blocks, capability=card, processors=processors, aligned=aligned)[0]
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x, or a copy whose rows begin and end at multiples of 4 bytes, as the copies to shared memory need.
-
-    The columns that it has more are zeros, and inside of the weight's last block.
-    """
-    size = x.element_size()
-    if (x.data_ptr() | x.stride(0) * size | x.shape[1] * size) % 4 == 0:
-        return x
-    more = -x.shape[1] % (16 // size)
-    return torch.nn.functional.pad(x, (0, more))
 
 
 def _scratch(x: Tensor, kernel: Kernel, how: Choice) -> tuple[Tensor, Tensor]:
