@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -127,12 +128,20 @@ def _triton_missing() -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
+        return f"the Triton kernels need triton 3.6 or later, this is {version}"
     return None
 
 
 def interpreting() -> bool:
     """Whether Triton interprets kernels on CPU tensors (TRITON_INTERPRET=1): for tests, not for speed."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def why_not_triton_compiler() -> str | None:
+    """Why Triton cannot compile here, card or not, or None where it can."""
+    return _triton_missing()
 
 
 def why_not_triton(device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ._library import SparseMM, SparseMMT, apply_of, mm, mm_t, unwatched
 from .conv import Geometry, conv2d_layout, padding_of
 from .conv.geometry import order_number, pair
-from .layout import FLOATS, Layout
+from .layout import FLOATS, QUANTISED, Layout
 from .ref import ACTIVATIONS
 from .tensor import SparseTensor, values_of
 
@@ -46,8 +46,8 @@ def linear(
 
     x [..., K] in the values' type (float32, bfloat16, float16, float64), any strides; w a sparse W[N, K]; bias [N];
     activation None, "relu", "gelu" (exact), "gelu_tanh" or "silu"; backend None to let the dispatcher choose, or a
-    name ("host", "ref", ...) that then runs or raises. Returns [..., N] in x's type. int8 weights take float
-    activations (weight * scale), or int8 activations with a float32 result. Differentiable in x, values and bias.
+    name ("host", "ref", ...) that then runs or raises. Returns [..., N] in x's type. int8 and (bsr)
+    float8_e4m3fn weights take float activations (weight * scale), or such of their own type with a float32 result. Differentiable in x, values and bias.
     Raises ValueError for shapes, types or devices that do not fit, NotImplementedError where an explicit backend
     cannot run the call.
     """
@@ -188,7 +188,7 @@ def _autocast(x: Tensor, w: Layout, bias: Tensor | None) -> tuple[Tensor, Layout
     ):
         return x, w, bias
     dtype = torch.get_autocast_dtype(device)
-    values = w.values if w.values.dtype == torch.int8 else w.values.to(dtype)
+    values = w.values if w.values.dtype in QUANTISED else w.values.to(dtype)
     return x.to(dtype), w.with_values(values), None if bias is None else bias.to(dtype)
 
 
@@ -218,7 +218,7 @@ def _check_tokens(w: Layout, x: Tensor, last: int, letter: str) -> None:
 
 def _check_types(w: Layout, x: Tensor) -> None:
     own = w.values.dtype
-    if x.dtype != own and not (own == torch.int8 and x.dtype in FLOATS):
+    if x.dtype != own and not (own in QUANTISED and x.dtype in FLOATS):
         raise ValueError(f"x is {x.dtype}, the weight {own}; cast one of them, or use autocast")
 
 
@@ -245,8 +245,8 @@ def _check_conv(w: Layout, x: Tensor, bias: Tensor | None, g: Geometry, activati
     if min(g.out_size(x.shape[-2], x.shape[-1])) < 1:
         raise ValueError(f"images of {x.shape[-2]}x{x.shape[-1]} are smaller than the (dilated) kernel")
     _check_types(w, x)
-    if x.dtype == torch.int8:
-        raise ValueError("convolutions take floating-point activations, got torch.int8")
+    if x.dtype in QUANTISED:
+        raise ValueError(f"convolutions take floating-point activations, got {x.dtype}")
     _check_epilogue(w, x, bias, activation)
 
 

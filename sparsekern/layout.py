@@ -8,11 +8,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ._ext import DTYPES, host_packs
+from ._ext import DTYPES, FP8, host_packs
 
 L = TypeVar("L", bound="Layout")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+QUANTISED = (torch.int8, FP8)  # with a scale per row
 
 
 def is_size(n: Any) -> bool:
@@ -34,7 +35,7 @@ class Layout:
     """The stored form of one weight W[N, K].
 
     `values` holds the kept weights, the tensors named in `index_fields` say where they belong, `scale` [N] float32
-    belongs to int8 values (weight = value * scale). `shape` is (N, K).
+    belongs to int8 and float8_e4m3fn values (weight = value * scale). `shape` is (N, K).
     """
 
     values: Tensor
@@ -116,7 +117,7 @@ class Layout:
         moved = self.map(lambda t: t.to(device)) if device is not None else self
         if dtype is None or dtype == self.dtype:
             return moved
-        if torch.int8 in (dtype, self.dtype):
+        if dtype in QUANTISED or self.dtype in QUANTISED:
             raise ValueError(f"{self.format}: values cannot be cast from {self.dtype} to {dtype}; quantise instead")
         return moved.with_values(moved.values.to(dtype))
 
@@ -180,11 +181,12 @@ class Layout:
             self._fail(f"{name} must have shape {shape}, got {tuple(t.shape)}")
 
     def _check_scale(self, *, quantised: bool) -> None:
-        if self.dtype == torch.int8:
+        if self.dtype in QUANTISED:
+            kind = str(self.dtype).removeprefix("torch.")
             if not quantised:
-                self._fail("int8 values are not supported by this format")
+                self._fail(f"{kind} values are not supported by this format")
             if self.scale is None:
-                self._fail("int8 values need a scale of shape [N]")
+                self._fail(f"{kind} values need a scale of shape [N]")
             self._check_tensor("scale", (self.shape[0],), torch.float32)
             assert self.scale is not None
             bad = (~torch.isfinite(self.scale)).nonzero()

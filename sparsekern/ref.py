@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .layout import QUANTISED, Layout
 
 ACTIVATIONS = {
     "none": lambda y: y,
@@ -35,8 +35,8 @@ def _weight(layout: Layout) -> Tensor:
 
 
 def out_dtype(x: Tensor) -> torch.dtype:
-    """int8 activations give float32 outputs, every other type its own."""
-    return torch.float32 if x.dtype == torch.int8 else x.dtype
+    """int8 and float8 activations give float32 outputs, every other type its own."""
+    return torch.float32 if x.dtype in QUANTISED else x.dtype
 
 
 def mm(layout: Layout, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:

@@ -31,10 +31,15 @@ def generator(seed: int) -> torch.Generator:
 
 
 def random_dense(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Random normal data; int8: whole numbers in [-127, 127]. Seeded, so equal arguments give equal data."""
+    """Random normal data; int8: whole numbers in [-127, 127]. Seeded, so equal arguments give equal data.
+
+    On torch's default device, with the same numbers on each.
+    """
     if dtype == torch.int8:
-        return torch.randint(-127, 128, shape, generator=generator(seed), dtype=torch.int8)
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+        made = torch.randint(-127, 128, shape, generator=generator(seed), dtype=torch.int8, device="cpu")
+    else:
+        made = torch.randn(shape, generator=generator(seed), dtype=torch.float64, device="cpu").to(dtype)
+    return made.to(torch.get_default_device())
 
 
 def random_weight(

@@ -1,6 +1,7 @@
 """Compiles the Triton kernels for cards that are not there; run as a program, prints one JSON row a kernel.
 
-    python tests/codegen.py CC KIND ...     KIND: quick or all
+    python tests/codegen.py CC quick     what the tests look at
+    python tests/codegen.py CC all       every block, type, way of loading and number of tokens: minutes
 
 In a process of its own: where TRITON_INTERPRET is set, kernels are not the compiler's.
 """
@@ -25,6 +26,7 @@ from triton.compiler import ASTSource
 from sparsekern.bsr import kernels
 from sparsekern.bsr import triton as launcher
 from sparsekern.bsr.config import Config, config, sides
+from sparsekern.conv import kernels as convolution
 
 NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8",
@@ -63,6 +65,11 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("mm", 4096, (64, 64), fp32, fp32)
     yield Case("mm", 4096, (64, 64), i8, i8)
     yield Case("mm", 4096, (64, 64), half, i8)
+    yield Case("mm", 4096, (64, 64), fp8, fp8)
+    yield Case("mm", 4096, (64, 64), fp32, fp32, "ieee")
+    yield Case("mm_t", 33, (32, 64), torch.float16, torch.float16, even=False)
+    for op in ("conv2d", "conv2d_input", "conv2d_weight"):
+        yield Case(op, 25088, (64, 64), half, half, tma=False)
     if kind == "quick":
         return
     blocks = [(r, c) for r in (16, 32, 64, 128) for c in (16, 32, 64, 128)]
@@ -84,7 +91,8 @@ def cases(kind: str) -> Iterator[Case]:
 
 
 def chosen(case: Case, cc: int) -> Config:
-    made = config(case.op, case.m, 4096, 4096, case.block, case.dtype, 0.5, cc, precision=case.precision)
+    op = {"conv2d": "mm", "conv2d_input": "mm_t", "conv2d_weight": "sddmm"}.get(case.op, case.op)
+    made = config(op, case.m, 4096, 4096, case.block, case.dtype, 0.5, cc, precision=case.precision)
     return made if case.tma is None else replace(made, tma=case.tma and cc >= 90)
 
 
@@ -130,6 +138,8 @@ def compile_case(case: Case, cc: int) -> tuple[Any, Config]:
     def integers(names: str) -> dict[str, Any]:
         return dict.fromkeys(names.split(), "i32")
 
+    if case.op.startswith("conv2d"):
+        return _convolution(case, how, cc), how
     if case.op == "sddmm":
         r, c = case.block
         arguments = {
@@ -158,6 +168,28 @@ def compile_case(case: Case, cc: int) -> tuple[Any, Config]:
     return built(kernels.bsr_mm, arguments, how, cc), how
 
 
+def _convolution(case: Case, how: Config, cc: int) -> Any:
+    x, (r, c), columns = NAMES[case.dtype], case.block, case.op == "conv2d_input"
+    ints = dict.fromkeys(["pixels", "grid_h", "grid_w", "height", "width", "channels", "size", "stride_h", "stride_w"], "i32")
+    if case.op == "conv2d_weight":
+        arguments = {
+            "dy": f"*{x}", "x": f"*{x}", "out": f"*{x}", "row": "*i32", "shifts": "*i32", **ints, "share": "i32",
+            "blocks": "i32", "R": (r,), "C": (c,), "TOKENS": (how.tokens,), "EVEN": (True,),
+            "PRECISION": (case.precision,),
+        }  # fmt: skip
+        return built(convolution.bsr_conv_sddmm, arguments, how, cc)
+    outer, inner = (c, r) if columns else (r, c)
+    arguments = {
+        "x": f"*{x}", "w": f"*{x}", "y": f"*{x}", "partial": "*fp32", "bias": (None,) if columns else f"*{x}",
+        "scale": (None,), "items": "*i32", "shifts": "*i32", "gather": "*i32" if columns else (None,), **ints,
+        **dict.fromkeys(["y_h", "y_w", "first_h", "first_w", "step_h", "step_w", "count", "token_tiles"], "i32"),
+        "OUT": (outer,), "IN": (inner,), "TOKENS": (how.tokens,), "DEPTH": (how.depth,), "TRANSPOSED": (columns,),
+        "EVEN": (True,), "ACTIVATION": ("none" if columns else "relu",), "PRECISION": (case.precision,),
+        "TYPE": (launcher.triton_type(case.dtype),), "SPLIT": (how.most > 0,), "GROUP": (how.group,),
+    }  # fmt: skip
+    return built(convolution.bsr_conv, arguments, how, cc)
+
+
 MATRIX = re.compile(r"wgmma\.mma_async\.sync\.aligned\.[\w.]+|tcgen05\.mma\.[\w:.]+|mma\.sync\.aligned\.[\w.]+")
 
 
@@ -169,9 +201,14 @@ def facts(made: Any) -> dict[str, Any]:
         (Path(there) / "k.cubin").write_bytes(made.asm["cubin"])
         command = [str(tool), "--dump-resource-usage", f"{there}/k.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", said)}
+        used = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", said)}
+        spills = 0
+        if used["STACK"] + used["LOCAL"]:  # a stack may be there for other reasons: count what is stored to it
+            command = [str(tool), "--dump-sass", f"{there}/k.cubin"]
+            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            spills = len(re.findall(r"\bSTL\b", sass))
     return {
-        "stack": used["STACK"] + used["LOCAL"], "registers": used["REG"], "shared": made.metadata.shared,
+        "spills": spills, "registers": used["REG"], "shared": made.metadata.shared,
         "matrix": sorted(set(MATRIX.findall(ptx))), "async": "cp.async" in ptx, "maps": "cp.async.bulk.tensor" in ptx,
     }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The `backend` fixture: a numerics test runs on the oracle and on every instruction set of the host kernels.
+"""The `backend` fixture: a numerics test runs on the oracle, on every instruction set of the host kernels, and on
+the Triton kernels in Triton's interpreter (on a machine with a GPU test_bsr_triton.py runs them there instead).
 
 A backend that gives a reason why it cannot run a case must raise it when it is asked for by name; such
 refusals are counted and listed at the end of the run, so that nothing is skipped in silence.
@@ -6,14 +7,23 @@ refusals are counted and listed at the end of the run, so that nothing is skippe
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from emulator.build import build as build_emulator
+from emulator.build import build_probes
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton and the kernels are imported, which is later
 
 from sparsekern import _ext, dispatch
 from sparsekern._library import MM, MM_T, SDDMM
@@ -43,7 +53,7 @@ def host_isas() -> list[str]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute: the oracle, or the host kernels at one instruction set. Goes through torch.ops."""
+    """One way to compute: the oracle, the host kernels at one instruction set, Triton. Goes through torch.ops."""
 
     name: str
     isa: str | None = None
@@ -81,7 +91,11 @@ class Backend:
         return SDDMM[layout.format](*layout.parts, dy, x, self.name)
 
 
-BACKENDS = [Backend("ref"), *(Backend("host", isa) for isa in host_isas())]
+BACKENDS = [
+    Backend("ref"),
+    *(Backend("host", isa) for isa in host_isas()),
+    *([Backend("triton")] if _ext.why_not_triton(torch.device("cpu")) is None else []),
+]
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
@@ -97,11 +111,69 @@ def host_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield request.param
 
 
+# On a machine with a GPU the kernels run there; elsewhere in the emulator, under each of its schedules.
+SCHEDULES = ["hardware"] if torch.cuda.is_available() else ["ascending", "descending", "random 1", "random 2"]
+
+
+@pytest.fixture(scope="session")
+def device_module() -> Any:
+    """The GPU kernels and the probes of single instructions: the emulator, built when its sources have changed."""
+    if SCHEDULES != ["hardware"]:
+        return build_emulator()
+    parts = {**vars(build_probes()), **vars(_ext.cuda())}
+    return SimpleNamespace(**parts, set_schedule=lambda order, seed: None)
+
+
+@contextmanager
+def running_on_device(module: Any, schedule: str) -> Iterator[Any]:
+    """The `cuda` backend: tensors on the GPU, or on the CPU and its kernels emulated under this schedule."""
+    order, _, seed = schedule.partition(" ")
+    if order == "hardware":
+        torch.set_default_device("cuda")
+    else:
+        module.set_schedule(order, int(seed or 0))
+        _ext.emulate(module)
+    try:
+        yield module
+        if order == "hardware":
+            torch.cuda.synchronize()
+    finally:
+        torch.set_default_device(None)
+        _ext.emulate(None)
+
+
+@pytest.fixture(params=SCHEDULES)
+def emulated(device_module: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The `cuda` backend under every schedule."""
+    with running_on_device(device_module, request.param) as module:
+        yield module
+
+
+@pytest.fixture
+def emulated_once(device_module: Any) -> Iterator[Any]:
+    """The `cuda` backend under one random schedule, where what is tested has nothing to do with the order."""
+    with running_on_device(device_module, SCHEDULES[-1]) as module:
+        yield module
+
+
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     """One thread unless a test asks for more: on a busy machine spinning threads cost more than they win."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The interpreter is slow: of the tests with the fixture it takes those marked `interpreted`, others are deselected."""
+
+    def too_slow(item: pytest.Item) -> bool:
+        given = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+        return isinstance(given, Backend) and given.name == "triton" and item.get_closest_marker("interpreted") is None
+
+    slow = [item for item in items if too_slow(item)]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not too_slow(item)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -91,6 +91,7 @@ def dense_gradients(
 
 @param((*ALL,))
 @param(FLOATS, "dtype")
+@pytest.mark.interpreted
 def test_linear_gradients(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     """Every product of a training step, at token counts on both sides of the kernels' switches."""
     n, k = 39, 54

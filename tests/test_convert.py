@@ -993,3 +993,77 @@ def test_a_busy_machine_is_noted_and_not_remembered(clock, monkeypatch: pytest.M
     assert any("busy machine" in note for note in report.notes)
     assert not tune.path().exists()
     assert convert.POLICIES[0] == "measured"
+
+
+# Layers with a threshold of tokens --------------------------------------------------------------------------
+
+
+def by_tokens(limit: int) -> Callable[[str, int], float]:
+    """csr takes half of dense's 1 ms up to `limit` tokens and twice as long above; other formats never win."""
+    return lambda format, m: 1e-3 * ((0.5 if m <= limit else 2.0) if format == "csr" else 3.0)
+
+
+SEVERAL = [rand(m, 64) for m in (1, 1, 1, 8, 32, 128)]
+
+
+def test_thresholds_serve_decode_and_prefill(clock: Callable[..., Clock]) -> None:
+    clock(by_tokens(8))
+    model = pruned(64, 32, pattern="unstructured", sparsity=0.9)
+    dense = copy.deepcopy(model)
+    plain = sk.convert_(copy.deepcopy(model), sample=SEVERAL, progress=False)
+    assert plain["0"].status == "dense"  # 4 x 0.5 + 2 x 2 against 6 x 1
+    keys = {k: v.shape for k, v in sk.convert_(copy.deepcopy(model), "csr", "always").model.state_dict().items()}
+    report = sk.convert_(model, sample=SEVERAL, thresholds=True, progress=False)
+    row = report["0"]
+    assert (row.status, row.format, row.dense_above, model[0].dense_above) == ("converted", "csr", 8, 8)
+    assert (row.dense_ms, row.sparse_ms, row.worst_speedup) == (6.0, 4.0, 1.0)
+    assert row.bytes_after == model[0].nbytes + row.bytes_before
+    assert "dense above 8 tokens" in str(report)
+    assert json.loads(report.to_json())["rows"][0]["dense_above"] == 8
+    assert {k: v.shape for k, v in model.state_dict().items()} == keys
+    with torch.no_grad():
+        for x in SEVERAL:
+            torch.testing.assert_close(model(x), dense(x))
+    assert torch.equal(sk.to_dense_(model)[0].weight, dense[0].weight)
+
+
+def test_thresholds_where_one_side_always_wins(clock: Callable[..., Clock]) -> None:
+    clock(by_tokens(1 << 20))
+    model = pruned(64, 32, pattern="unstructured", sparsity=0.9)
+    row = sk.convert_(model, sample=SEVERAL, thresholds=True, progress=False)["0"]
+    assert (row.status, row.dense_above, model[0].dense_above) == ("converted", None, None)
+    assert row.bytes_after == model[0].nbytes
+    clock(by_tokens(0))
+    tune.forget()
+    model = pruned(64, 32, pattern="unstructured", sparsity=0.9)
+    row = sk.convert_(model, sample=SEVERAL, thresholds=True, progress=False, cache=False)["0"]
+    assert (row.status, row.dense_above) == ("dense", None)
+
+
+def test_a_threshold_must_stand_above_the_noise(clock: Callable[..., Clock]) -> None:
+    """Dense a tenth faster at many tokens is no reason to keep it, where times scatter by that much."""
+    clock(lambda format, m: 1e-3 * ((0.5 if m <= 8 else 1.1) if format == "csr" else 3.0), spread=0.1)
+    model = pruned(64, 32, pattern="unstructured", sparsity=0.9)
+    assert sk.convert_(model, sample=SEVERAL, thresholds=True, progress=False)["0"].dense_above is None
+
+
+def test_thresholds_come_from_the_cache_too(clock: Callable[..., Clock]) -> None:
+    made = clock(by_tokens(8))
+    for _ in range(2):
+        model = pruned(64, 32, pattern="unstructured", sparsity=0.9)
+        row = sk.convert_(model, sample=SEVERAL, thresholds=True, decide="worst", progress=False)["0"]
+        assert (row.status, row.dense_above) == ("converted", 8)
+    assert made.calls == 4  # once for every number of tokens
+
+
+def test_tied_layers_share_the_threshold(clock: Callable[..., Clock]) -> None:
+    clock(by_tokens(8))
+    model = pruned(64, 64, 64, pattern="unstructured", sparsity=0.9)
+    model[1].weight = model[0].weight
+    sk.convert_(model, sample=SEVERAL, thresholds=True, progress=False)
+    assert [layer.dense_above for layer in model] == [8, 8]
+
+
+def test_thresholds_need_times() -> None:
+    with pytest.raises(ValueError, match="thresholds=True needs policy='measured'"):
+        sk.convert_(pruned(8, 8), policy="always", thresholds=True)

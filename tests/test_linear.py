@@ -190,3 +190,94 @@ def test_inference_mode_then_training(case: Case) -> None:
     sparse.zero_grad()
     sparse(x).sum().backward()
     assert_close(sparse(x), reference_mm(sparse.dense_weight(), x.detach(), sparse.bias.detach()), torch.float32)
+
+
+# A layer that runs dense above a number of tokens -----------------------------------------------------------------
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[SparseLinear]:
+    """The modules whose dense weight was made, in order."""
+    seen: list[SparseLinear] = []
+    real = SparseLinear.dense_weight
+
+    def counted(self: SparseLinear) -> torch.Tensor:
+        seen.append(self)
+        return real(self)
+
+    monkeypatch.setattr(SparseLinear, "dense_weight", counted)
+    return seen
+
+
+@param(FOUR)
+@pytest.mark.parametrize("bias", [True, False])
+@param(FLOATS, "dtype")
+def test_dense_above(case: Case, bias: bool, dtype: torch.dtype, made: list[SparseLinear]) -> None:
+    """Few tokens run sparse, many run dense, on a weight that is made once and never saved."""
+    linear = dense_linear(case, bias, dtype)
+    sparse, plain = from_dense(case, linear), from_dense(case, linear)
+    sparse.dense_above = 6
+    keys = list(sparse.state_dict())
+    with torch.no_grad():
+        assert torch.equal(sparse(random_dense(6, 30, dtype=dtype)), plain(random_dense(6, 30, dtype=dtype)))
+        assert not made
+        for shape in ((7, 30), (2, 4, 30)):
+            x = random_dense(7 if len(shape) == 2 else 8, 30, dtype=dtype).reshape(shape)
+            assert torch.equal(sparse(x), linear(x))
+        assert made == [sparse]
+        sparse.activation = "relu"
+        assert torch.equal(sparse(x), linear(x).relu())
+        assert made == [sparse]
+    assert list(sparse.state_dict()) == keys == list(plain.state_dict())
+    assert "dense_above=6" in repr(sparse)
+    assert copy.deepcopy(sparse).dense_above == 6
+
+
+def test_dense_above_follows_the_values(made: list[SparseLinear]) -> None:
+    """After an optimizer's step, a load, or a cast the old dense weight is not used."""
+    case = Case("csr")
+    linear = dense_linear(case)
+    sparse = from_dense(case, linear)
+    sparse.dense_above = 0
+    x = random_dense(5, 30)
+    with torch.no_grad():
+        sparse(x)
+        sparse.values.mul_(2)
+        assert_close(sparse(x), reference_mm(2 * linear.weight.detach(), x, linear.bias.detach()), torch.float32)
+        other = dense_linear(Case("csr"))
+        other.weight = nn.Parameter(case.dense(20, 30) * 3)
+        sparse.load_state_dict(other.state_dict())
+        assert_close(sparse(x), other(x), torch.float32)
+        sparse.to(torch.bfloat16)
+        assert sparse(x.bfloat16()).dtype == torch.bfloat16
+    assert len(made) == 4
+
+
+def test_dense_above_is_for_inference(made: list[SparseLinear]) -> None:
+    """Training, autocast and compiled calls run sparse; gradients of x alone do not need to."""
+    case = Case("csr")
+    linear = dense_linear(case)
+    sparse = from_dense(case, linear)
+    sparse.dense_above = 0
+    x = random_dense(5, 30)
+    sparse(x).sum().backward()
+    assert sparse.values.grad is not None
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert sparse(x).dtype == torch.bfloat16
+        assert_close(torch.compile(sparse, fullgraph=True, backend="aot_eager")(x), linear(x), torch.float32)
+    assert not made
+    sparse.values.requires_grad_(False)
+    x = x.requires_grad_()
+    (ours,) = torch.autograd.grad(sparse(x).sum(), x)
+    (theirs,) = torch.autograd.grad(linear(x).sum(), x)
+    assert made == [sparse]
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bad", [random_dense(9, 31), random_dense(9, 30, dtype=torch.float64), torch.tensor(1.0)])
+def test_dense_above_refuses_what_sparse_refuses(bad: torch.Tensor) -> None:
+    sparse = from_dense(Case("csr"), dense_linear(Case("csr"))).requires_grad_(False)
+    sparse.dense_above = 0
+    with pytest.raises(ValueError, match=r"x (must have shape|is torch.float64)"):
+        sparse(bad)

@@ -13,6 +13,7 @@ namespace py = pybind11;
 void bind_bitmap_cuda(py::module_& m);
 void bind_csr_cuda(py::module_& m);
 void bind_sp24_cuda(py::module_& m);
+void bind_probes(py::module_& m);  // tests/emulator
 
 #ifdef SK_EMULATOR
 PYBIND11_MODULE(_emulator, m) {
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_emulator, m) {
                                                : emu::Order::random;
         emu::set_schedule({o, seed});
     });
+    bind_probes(m);
 #else
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "sparsekern CUDA kernels";

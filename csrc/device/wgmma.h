@@ -19,6 +19,13 @@ SK_DEVICE void fence_products() {
 #endif
 }
 
+// Ordinary writes of shared memory before, reads by the tensor cores and the copy engine after; a barrier follows.
+SK_DEVICE void fence_shared_writes() {
+#if SK_GPU
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 SK_DEVICE void commit_products() {
 #if SK_GPU
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");

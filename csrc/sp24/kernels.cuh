@@ -6,9 +6,11 @@
 
 namespace sk::sp24 {
 
-// Each kernel with its tile: MmSm90<rows / 128, tokens, stages, cluster>, MmSm80<rows / 64, tokens, warp's tokens,
-// stages>, Decode<tokens, warps, stages>. A kernel's number is its place among all of them, in this order.
-#define SK_SP24_MM_SM90(X) X(2, 128, 10, 2) X(2, 128, 10, 1) X(1, 256, 5, 2) X(1, 128, 12, 1) X(2, 64, 14, 1)
+// Each kernel with its tile: MmSm90<blocks of rows of a warpgroup, tokens, stages, cluster>, MmSm80<blocks of rows,
+// tokens, a warp's tokens, stages>, Decode<tokens, warps, stages>. A kernel's number is its place among all of them, in
+// this order.
+#define SK_SP24_MM_SM90(X) \
+    X(2, 128, 10, 2) X(2, 128, 10, 4) X(1, 256, 6, 4) X(1, 256, 6, 2) X(2, 128, 10, 1) X(2, 64, 15, 1)
 #define SK_SP24_MM_SM80(X) X(2, 128, 32, 3) X(2, 64, 32, 3)
 #define SK_SP24_DECODE(X) X(8, 8, 4) X(16, 8, 3) X(32, 8, 2) X(64, 4, 3) X(8, 4, 3) X(16, 4, 2)
 

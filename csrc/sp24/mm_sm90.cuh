@@ -8,9 +8,12 @@
 // The consumers do not wait for each other: with a deep ring one runs ahead, and its epilogue hides behind the other's
 // products. Blocks are persistent; tiles run in groups of tokens so that a wave stays in the second-level cache.
 //
-// Per block of K (128 bytes) and SM, 256 x 128 tiles: 4 wgmma steps of 64 x 128 x 32 take 512 cycles; they read 64 KB
-// of B from shared memory (128 B a cycle, the port's all), the TMA writes 16 KB (32 B a cycle), fragments are 18 KB (36
-// B a cycle) from the second level.
+// Per block of K (128 bytes) and SM, a tile of 256 rows x 128 tokens: four wgmma steps of 64 x 128 x 32 take 512
+// cycles; they read 64 KB of B from shared memory (128 B a cycle, all that its port has), the TMA writes 16 KB of it
+// (32 B a cycle). From the second level come 18 KB of fragments and, with a cluster of two, 8 KB of tokens: 52 B a
+// cycle, where an H100's gives some 30. 128 rows x 256 tokens in clusters of four ask for 34 and write 64 B a cycle
+// into shared memory: which of these bounds is the real one only a card can tell. (Three consumer warpgroups of 64 x
+// 256 would ask for 29, but ptxas finds no registers for them.)
 #pragma once
 #include "../device/mma.h"
 #include "../device/wgmma.h"
@@ -25,7 +28,8 @@ struct MmSm90 {
     static constexpr int kWarpgroups = 2, kThreads = 128 * (1 + kWarpgroups), kAhead = 2, kSets = kAhead + 1;
     static constexpr int kRows = kWarpgroups * kM * kBlockRows;
     static constexpr int kStageBytes = kTokens * 128;
-    static constexpr int kStagingBytes = kTokens * 128;  // 64 rows of 16-bit outputs, for each warpgroup
+    static constexpr int kStagingTokens = kTokens < 128 ? kTokens : 128;
+    static constexpr int kStagingBytes = kStagingTokens * 128;  // 64 rows of 16-bit outputs, for each warpgroup
     static constexpr int kSharedBytes = kStages * kStageBytes + kWarpgroups * kStagingBytes + 256;
     static_assert(kTokens / kCluster % 8 == 0, "a block's share of a box is whole swizzle atoms");
     static_assert(kStages * 16 + kWarpgroups * 4 <= 256 && kSharedBytes <= 227 * 1024);
@@ -99,28 +103,32 @@ SK_DEVICE void mm_store(const Mm& p, const device::Accumulator<C::T> (&acc)[C::k
     }
     const uint32_t staging_address = shared_address(staging);
     SK_UNROLL
-    for (int j = 0; j < C::kTokens / 8; j += 2) {
-        uint32_t words[4];
+    for (int begin = 0; begin < C::kTokens; begin += C::kStagingTokens) {
         SK_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int at = 4 * (j + i / 2) + 2 * (i % 2);
-            words[i] = pack_output(e.out_type, as_float(acc[at]), as_float(acc[at + 1]));
+        for (int j = 0; j < C::kStagingTokens / 8; j += 2) {
+            uint32_t words[4];
+            SK_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int at = 4 * (begin / 8 + j + i / 2) + 2 * (i % 2);
+                words[i] = pack_output(e.out_type, as_float(acc[at]), as_float(acc[at + 1]));
+            }
+            // Matrix m = lane / 8 of this store: rows 8 (m % 2) .. of the warp's 16, tokens 8 (j + m / 2) ...
+            const uint32_t lane = thread % 32, m = lane / 8, token = 8 * (j + m / 2) + lane % 8;
+            const uint32_t chunk = 2 * warp + m % 2;
+            store_matrices_transposed(staging_address + token * 128 + (chunk ^ token % 8) * 16, words);
         }
-        // Matrix m = lane / 8 of this store: rows 8 (m % 2) .. of the warp's 16, tokens 8 (j + m / 2) ...
-        const uint32_t lane = thread % 32, m = lane / 8, token = 8 * (j + m / 2) + lane % 8;
-        const uint32_t chunk = 2 * warp + m % 2;
-        store_matrices_transposed(staging_address + token * 128 + (chunk ^ token % 8) * 16, words);
-    }
-    sync_named(barrier, 128);
-    SK_NO_UNROLL
-    for (int token = thread / 8; token < C::kTokens; token += 16) {
-        const int chunk = thread % 8, row = row0 + 8 * chunk, count = p.n - row < 8 ? p.n - row : 8;
-        if (token0 + token < p.m && count > 0) {
-            const auto* eight = reinterpret_cast<const Vec4*>(staging + token * 128 + ((chunk ^ token % 8) * 16));
-            store_row(e, p.y, p.y_stride, token0 + token, row, count, *eight);
+        sync_named(barrier, 128);
+        SK_NO_UNROLL
+        for (int i = thread / 8; i < C::kStagingTokens; i += 16) {
+            const int chunk = thread % 8, row = row0 + 8 * chunk, count = p.n - row < 8 ? p.n - row : 8;
+            const int token = token0 + begin + i;
+            if (token < p.m && count > 0) {
+                const auto* eight = reinterpret_cast<const Vec4*>(staging + i * 128 + ((chunk ^ i % 8) * 16));
+                store_row(e, p.y, p.y_stride, token, row, count, *eight);
+            }
         }
+        sync_named(barrier, 128);  // the next part takes the same memory
     }
-    sync_named(barrier, 128);  // the next 64 rows take the same memory
 }
 
 template <class C>

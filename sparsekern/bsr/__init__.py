@@ -2,3 +2,4 @@
 
 from .layout import Bsr as Bsr
 from .pack import pack as pack
+from .topology import update_topology as update_topology

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._ext import host
-from ..layout import FLOATS, Layout, padded
+from ..layout import FLOATS, QUANTISED, Layout, padded
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,7 +62,7 @@ class Bsr(Layout):
             self._fail(f"block must be two positive integers, got {block}")
         (nb, kb), (r, c) = self.grid, self.block
         nnzb = self.values.shape[0] if self.values.dim() else 0
-        self._check_tensor("values", (nnzb, r, c), *FLOATS, torch.int8)
+        self._check_tensor("values", (nnzb, r, c), *FLOATS, *QUANTISED)
         self._check_tensor("crow", (nb + 1,), torch.int32)
         self._check_tensor("col", (nnzb,), torch.int32)
         self._check_scale(quantised=True)

@@ -21,7 +21,18 @@ from . import candidates as ways
 from .base import SparseModule
 from .candidates import Candidate
 from .capture import DEFAULT_SIDE, DEFAULT_TOKENS, Seen, capture, default_calls, inference, run
-from .decide import MOST_NOISE, NOISE, Trial, backend_of, best_of, build, expected, measure, remembered
+from .decide import (
+    MOST_NOISE,
+    NOISE,
+    Trial,
+    backend_of,
+    best_of,
+    build,
+    expected,
+    measure,
+    remembered,
+)
+from .linear import SparseLinear
 from .report import CONVERTED, DENSE, Report, Row
 from .survey import Filter, Site, survey
 from .swap import adopt, replace_, restore
@@ -42,6 +53,7 @@ def convert_(
     block_size: int | tuple[int, int] | None = None,
     min_speedup: float = 1.0,
     decide: str = "total",
+    thresholds: bool = False,
     tokens: Sequence[int] = DEFAULT_TOKENS,
     tolerance: float | None = None,
     strict: bool = True,
@@ -62,6 +74,9 @@ def convert_(
     nearly so.
     min_speedup: what sparse must reach over dense, beyond the noise of its measurement (2 to 25 %).
     decide: over "total" time of the sample's calls, or at the "worst" of its shapes.
+    thresholds: let a Linear that wins at few tokens and loses at many run sparse up to a number of tokens and dense
+    above it (SparseLinear.dense_above), for models that both decode and prefill; give a sample with both. Such a
+    layer keeps its dense weight in memory too. Policy "measured" only.
     tolerance: largest relative error of a converted layer against the dense one in higher precision
     (default by type).
     strict: a weight that cannot be stored in the format asked for raises; else it stays dense with the
@@ -75,7 +90,7 @@ def convert_(
     and, naming layer and first bad group, for a weight that is not 2:4 where sp24 was asked for;
     RuntimeError for a layer beyond tolerance.
     """
-    _check(model, format, policy, prune, min_speedup, decide, tokens)
+    _check(model, format, policy, prune, min_speedup, decide, thresholds, tokens)
     found, notes = survey(model, filter_fn)
     sites = [site for site in found if isinstance(site, Site)]
     options = _candidates(sites, format, block_size, prune, strict)
@@ -90,13 +105,15 @@ def convert_(
         )
     chosen: list[tuple[Site, Trial]] = []
     settings: dict[str, Any] = {"format": format, "block_size": block_size, "policy": policy, "prune": prune,
-                "min_speedup": min_speedup, "decide": decide}  # fmt: skip
+                "min_speedup": min_speedup, "decide": decide, "thresholds": thresholds}  # fmt: skip
     with nullcontext() if cache else tune.disabled(), _bar(sites, progress and policy == "measured") as step:
         for site in sites:
             calls = _calls(site, seen, sample, tokens)
             trial = _judge(site, options[id(site)], calls, settings, seconds, step)
             if trial is not None:
                 site.row.max_error = verify(site, trial, calls, tolerance)
+                if isinstance(trial.module, SparseLinear):
+                    trial.module.dense_above = trial.dense_above
                 chosen.append((site, trial))
         if policy == "measured":
             notes += _finish_measuring()
@@ -128,6 +145,7 @@ def _check(
     prune: bool,
     min_speedup: float,
     decide: str,
+    thresholds: bool,
     tokens: Sequence[int],
 ) -> None:
     if not isinstance(model, nn.Module):
@@ -139,6 +157,10 @@ def _check(
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
     if decide not in ("total", "worst"):
         raise ValueError(f"decide must be 'total' or 'worst', got {decide!r}")
+    if thresholds and policy != "measured":
+        raise ValueError(
+            f"thresholds=True needs policy='measured', got {policy!r}: only times can tell where dense wins"
+        )
     if not (math.isfinite(min_speedup) and min_speedup > 0):
         raise ValueError(f"min_speedup must be a positive number, got {min_speedup}")
     if not tokens or not all(isinstance(m, int) and m > 0 for m in tokens):
@@ -230,7 +252,11 @@ def _judge(
         row.status, row.format, row.backend = CONVERTED, str(trial.candidate), trial.backend
         row.bytes_after = trial.module.nbytes
         changed = "pruned to 2:4" if trial.candidate.prune else ""
-        row.reason = "; ".join(part for part in (site.note, changed, row.reason) if part)
+        above = ""
+        if trial.dense_above is not None:
+            row.dense_above, row.bytes_after = trial.dense_above, row.bytes_after + row.bytes_before
+            above = f"runs dense above {trial.dense_above} tokens, so it keeps the dense weight too"
+        row.reason = "; ".join(part for part in (site.note, changed, above, row.reason) if part)
     return trial
 
 
@@ -280,14 +306,16 @@ def _measured(
         row.calls, row.backend, row.reason = list(old.calls), old.backend, old.reason
         return None
     worst = settings["decide"] == "worst"
-    trials = remembered(site, wanted, calls)
+    # Under autocast every call runs sparse.
+    split = settings["thresholds"] and not site.conv and all(call.autocast is None for call in calls)
+    trials = remembered(site, wanted, calls, split)
     if trials:
         best = best_of(trials, worst)[0]
         if backend_of(best.module, calls[0].input())[0] != best.backend:
             trials = []  # what was measured then is not what would run now
     if not trials:
         trials = _trials(site, wanted, calls)
-        measure(site, trials, calls, seconds)
+        measure(site, trials, calls, seconds, split)
     if trials:
         best, gain = best_of(trials, worst)
         row.calls, row.backend = best.calls, best.backend
@@ -412,7 +440,7 @@ def _mapping(chosen: list[tuple[Site, Trial]]) -> dict[int, SparseModule]:
 def _sharing(first: SparseModule, dense: nn.Module) -> SparseModule:
     """Another SparseLinear around the very same parameter and buffers, with its own bias."""
     twin = type(first).from_packed(first.packed)  # type: ignore[attr-defined]
-    twin.values, twin.bias = first.values, dense.bias
+    twin.values, twin.bias, twin.dense_above = first.values, dense.bias, first.dense_above
     return twin.train(dense.training)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from .base import SparseModule
 from .candidates import Candidate
 from .capture import Seen
 from .linear import SparseLinear
-from .report import Call
+from .report import Call, Row
 from .survey import Site
 
 NOISE, MOST_NOISE = 0.02, 0.25  # the least and the most that a gain must stand above its measurement's noise
@@ -32,6 +32,7 @@ class Trial:
     backend: str
     calls: list[Call] = field(default_factory=list)
     spread: float = 0.0
+    dense_above: int | None = None
 
     @cached_property
     def module(self) -> SparseModule:
@@ -39,19 +40,27 @@ class Trial:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored weight."""
-        return self.module.nbytes if self.candidate.nbytes is None else self.candidate.nbytes
+        """Bytes of the stored weight, and of the dense one where that is kept too."""
+        both = 0 if self.dense_above is None else self.site.row.bytes_before
+        return both + (self.module.nbytes if self.candidate.nbytes is None else self.candidate.nbytes)
 
-    def total(self, which: str) -> float:
-        return sum(getattr(call, which) * call.count for call in self.calls)
+    @property
+    def row(self) -> Row:
+        """Its times, as a report counts them."""
+        return Row(self.site.names[0], self.site.type, calls=self.calls, dense_above=self.dense_above)
+
+    @property
+    def sparse_ms(self) -> float:
+        return self.row.sparse_ms or 0.0
 
     @property
     def speedup(self) -> float:
-        return self.total("dense_ms") / self.total("sparse_ms")
+        return self.row.speedup or 1.0
 
     @property
     def worst(self) -> float:
-        return min(call.dense_ms / call.sparse_ms for call in self.calls if call.dense_ms and call.sparse_ms)
+        """Of the calls that run sparse."""
+        return min(c.speedup or 1.0 for c in self.calls if self.dense_above is None or c.tokens <= self.dense_above)
 
 
 def backend_of(module: SparseModule, x: Tensor) -> tuple[str, str]:
@@ -83,15 +92,19 @@ def build(site: Site, candidate: Candidate, x: Tensor) -> tuple[Trial | None, st
     return trial, ""
 
 
-def remembered(site: Site, wanted: Sequence[Candidate], seen: Sequence[Seen]) -> list[Trial]:
-    """A trial of every candidate from the cache alone, unpacked; none where one is not known in full."""
+def remembered(site: Site, wanted: Sequence[Candidate], seen: Sequence[Seen], split: bool = False) -> list[Trial]:
+    """A trial of every candidate from the cache alone, unpacked; none where one is not known in full.
+
+    split: with thresholds.
+    """
     trials = []
     for candidate in wanted:
         names = dispatch.backends(candidate.format, seen[0].device.type)[:-1]
         made = [t for name in names if _recall(t := Trial(site, candidate, name), seen)]
         if not made:
             return []
-        trials.append(min(made, key=lambda t: t.total("sparse_ms")))
+        trials.append(min(made, key=lambda t: t.sparse_ms))
+    _split(trials, split)
     return trials
 
 
@@ -111,8 +124,11 @@ def _note(trial: Trial, call: Seen, tokens: int, record: tune.Record) -> None:
     trial.spread = max(trial.spread, record.spread)
 
 
-def measure(site: Site, trials: list[Trial], seen: Sequence[Seen], seconds: float) -> None:
-    """Fills in the calls of every trial, from the cache where the very same case was measured before."""
+def measure(site: Site, trials: list[Trial], seen: Sequence[Seen], seconds: float, split: bool = False) -> None:
+    """Fills in the calls of every trial, from the cache where the very same case was measured before.
+
+    split: and their thresholds.
+    """
     for call in seen:
         x, tokens = call.input(), call.tokens(site.conv)
         cases = [case(t, call) for t in trials]
@@ -130,6 +146,24 @@ def measure(site: Site, trials: list[Trial], seen: Sequence[Seen], seconds: floa
             if str(i) in records:
                 tune.store(cases[i], record)
             _note(t, call, tokens, record)
+    _split(trials, split)
+
+
+def _split(trials: list[Trial], wanted: bool) -> None:
+    for trial in trials:
+        trial.dense_above = find_threshold(trial) if wanted else None
+
+
+def find_threshold(trial: Trial) -> int | None:
+    """The number of tokens above which dense is the faster one, beyond noise; None where sparse serves every call.
+
+    Of all thresholds that leave the smallest calls to the sparse kernel, the one with the least total time.
+    """
+    counts = sorted({call.tokens for call in trial.calls})
+    times = {m: replace(trial, dense_above=m).sparse_ms for m in counts}  # at the last one nothing runs dense
+    best = min(counts, key=lambda m: times[m])
+    worth = times[best] * (1 + min(MOST_NOISE, max(NOISE, 2 * trial.spread)))
+    return best if worth < times[counts[-1]] else None
 
 
 def best_of(trials: Sequence[Trial], worst: bool) -> tuple[Trial, float]:

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._library import unwatched
+from .._plan import plan
 from ..formats import FORMATS
 from ..functional import linear_layout
 from ..layout import Layout
+from ..ref import ACTIVATIONS
 from .base import SparseModule, random_topology
 
 
@@ -19,7 +22,14 @@ class SparseLinear(SparseModule):
     Constructor, forward and state_dict habits of nn.Linear. Initialised as nn.Linear and thinned to `density` at
     random (sp24: the two largest of every group of four). The usual way in is `SparseLinear.from_dense`.
     Not to be confused with modules of the same kind of name in libraries of sparse activations (point clouds).
+
+    `dense_above`: calls with more tokens than this run dense (None: never), for layers whose kernel wins at few tokens
+    only; `convert_(..., thresholds=True)` sets it. The dense weight is made at the first such call and kept beside
+    the values: as many bytes as the dense layer had, in memory only. Calls that train the values, and compiled, traced
+    or autocast ones, run sparse at any size.
     """
+
+    dense_above: int | None = None
 
     def __init__(
         self,
@@ -76,10 +86,21 @@ class SparseLinear(SparseModule):
         return dense.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.dense_above is not None and self._runs_dense(input):
+            weight = plan(self.values, "dense", lambda: self.dense_weight().detach())
+            return ACTIVATIONS[self.activation or "none"](nn.functional.linear(input, weight, self.bias))
         return linear_layout(self.packed, input, self._parameters["bias"], self.activation, self.backend)
 
+    def _runs_dense(self, x: Tensor) -> bool:
+        if not unwatched(self.values, x, self.bias) or (torch.is_grad_enabled() and self.values.requires_grad):
+            return False
+        fits = x.shape[-1:] == (self.in_features,)  # what does not fit is refused where sparse calls are
+        alike = x.dtype == self.values.dtype and (self.bias is None or self.bias.dtype == x.dtype)
+        return fits and alike and x.numel() > (self.dense_above or 0) * self.in_features
+
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"
+        above = f", dense_above={self.dense_above}" if self.dense_above is not None else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}{above}"
 
 
 def _pack(weight: Tensor, format: str, block_size: int | tuple[int, int], prune: bool = False) -> Layout:

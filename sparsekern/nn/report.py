@@ -53,7 +53,8 @@ class Row:
     format: str = "dense"
     backend: str | None = None
     bytes_before: int = 0
-    bytes_after: int = 0
+    bytes_after: int = 0  # with dense_above, of both weights
+    dense_above: int | None = None  # calls with more tokens run dense (convert_'s thresholds)
     expected: float | None = None
     max_error: float | None = None
     reason: str = ""
@@ -66,7 +67,11 @@ class Row:
 
     @property
     def sparse_ms(self) -> float | None:
-        return _total([(c.sparse_ms, c.count) for c in self.calls])
+        return _total([(self._own_ms(c), c.count) for c in self.calls])
+
+    def _own_ms(self, call: Call) -> float | None:
+        """What the sparse module takes for a call: above its threshold what dense takes."""
+        return call.dense_ms if self.dense_above is not None and call.tokens > self.dense_above else call.sparse_ms
 
     @property
     def speedup(self) -> float | None:
@@ -77,7 +82,8 @@ class Row:
     @property
     def worst_speedup(self) -> float | None:
         """The speed-up of the call shape that gains least."""
-        known = [c.speedup for c in self.calls if c.speedup is not None]
+        own = [(c.dense_ms, self._own_ms(c)) for c in self.calls]
+        known = [dense / sparse for dense, sparse in own if dense and sparse]
         return min(known) if known else None
 
     @property
@@ -192,13 +198,15 @@ class Report:
         """The lines under the table: totals, settings, notes."""
         t = self.totals()
         counts = [f"{n} {name}" for name, n in t["layers"].items() if n]
-        lines = [f"{len(self.rows)} layers: {', '.join(counts) or 'none'}."]
+        plural = "" if len(self.rows) == 1 else "s"
+        lines = [f"{len(self.rows)} layer{plural}: {', '.join(counts) or 'none'}."]
         if t["bytes_before"]:
             share = t["bytes_after"] / t["bytes_before"]
             lines.append(f"Weights: {_size(t['bytes_before'])} -> {_size(t['bytes_after'])} ({100 * share:.0f} %).")
         if t["speedup"] is not None:
+            layers = f"{t['timed']} timed layer{'' if t['timed'] == 1 else 's'}"
             lines.append(
-                f"{t['timed']} timed layers, all calls of the sample: {_ms(t['dense_ms'])} ms dense -> "
+                f"{layers}, all calls of the sample: {_ms(t['dense_ms'])} ms dense -> "
                 f"{_ms(t['now_ms'])} ms now ({t['speedup']:.2f}x)."
             )
         return lines + self.notes

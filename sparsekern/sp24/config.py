@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 BLOCK_ROWS = 64
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may have, by architecture
-# Share of the peak rate that a family and its tile reach at best, for choosing among them.
-RATES = {"mm_sm90": 1.0, "mm_sm80": 0.5, "decode": 0.5}
+# The cost model: cycles of one processor. Estimates from the data sheets of Hopper, to be replaced by measurements.
+RATES = {"mm_sm90": 1.0, "mm_sm80": 0.5}  # share of the sparse tensor cores' peak, 4096 multiply-adds of W a cycle
+MEMORY, CACHE = 15.0, 30.0  # bytes a cycle that a processor gets from device memory and from the second level
+LAUNCH = 3000.0
 
 
 class Kernel(NamedTuple):
@@ -51,42 +53,47 @@ def candidates(
             continue
         if kernel.family == "mm_sm90" and not (capability == 90 and aligned):
             continue
-        if kernel.family == "decode":
-            if m <= kernel.tokens:
-                found.append(_decode(number, kernel, m, n, k_blocks, processors))
-        else:
-            found.append(_mm(number, kernel, m, n, k_blocks, processors))
+        if kernel.family != "decode":
+            found += _mm(number, kernel, m, n, k_blocks, processors)
+        elif m <= kernel.tokens:
+            found.append(_decode(number, kernel, n, k_blocks, processors))
     return sorted(found, key=lambda choice: choice.cost)
 
 
-def _decode(number: int, kernel: Kernel, m: int, n: int, k_blocks: int, processors: int) -> Choice:
+def _decode(number: int, kernel: Kernel, n: int, k_blocks: int, processors: int) -> Choice:
     """One stream of the weight's blocks in equal shares; a share is at least a block for every warp."""
     tiles = -(-n // BLOCK_ROWS)
     units, warps = tiles * k_blocks, kernel.threads // 32
     workers = max(1, min(processors, units // warps))
-    # Bound by bytes: a block's share of a processor's bandwidth, its tokens, and the way to full flight.
-    share = -(-units // workers)
-    cost = share * (4.6 + 0.06 * kernel.tokens) + 25 + 0.2 * kernel.tokens + (8 - warps)
+    block = BLOCK_ROWS * 72 / MEMORY + kernel.tokens * 128 / CACHE  # 64 rows of 64 bytes and their metadata
+    in_flight = min(1.0, warps / 8)  # fewer warps keep less on its way
+    cost = -(-units // workers) * block / in_flight + 20 * kernel.tokens + LAUNCH
     return Choice(number, workers, tiles, tiles, cost)
 
 
-def _mm(number: int, kernel: Kernel, m: int, n: int, k_blocks: int, processors: int) -> Choice:
-    """Whole tiles in turns; those of the last, unfilled turn are cut along K so that all workers share them."""
-    tiles = -(-n // kernel.rows) * -(-m // kernel.tokens)
+def _mm(number: int, kernel: Kernel, m: int, n: int, k_blocks: int, processors: int) -> list[Choice]:
+    """Whole tiles in turns; or those of the last, unfilled turn cut along K, so that all workers share them."""
+    token_tiles = -(-m // kernel.tokens)
+    tiles, rows = -(-n // kernel.rows) * token_tiles, kernel.rows // kernel.cluster
     workers = max(1, processors // kernel.cluster)
+    # Bytes of a block of K: fragments, and the tokens' slice, which a cluster reads once.
+    weights = rows * 72 / (MEMORY if token_tiles == 1 else CACHE)
+    brought = weights + kernel.tokens * 128 / kernel.cluster / CACHE
+    block = max(rows * kernel.tokens / 64 / RATES[kernel.family], brought)
+    finish = rows * kernel.tokens / 16
+
+    def choice(workers: int, streamed: int) -> Choice:
+        whole = -(-(tiles - streamed) // workers)
+        cost = whole * (k_blocks * block + finish) + LAUNCH
+        if streamed:  # partial sums are written and read again
+            cost += streamed * k_blocks / workers * block + finish + 2 * rows * kernel.tokens * 4 / CACHE
+        return Choice(number, workers, streamed, tiles, cost)
+
     rest = tiles % workers
-    streamed = 0
-    if rest and k_blocks >= 8:
-        streamed = rest if tiles < workers or rest * 3 >= workers else min(tiles, rest + workers)
-        if streamed * k_blocks < 4 * workers:  # shares of less than four blocks are not worth their sums
-            workers = max(1, streamed * k_blocks // 4) if tiles == streamed else workers
-    area = kernel.rows * kernel.tokens / kernel.cluster / 1024
-    # Cycles of a block of K, by the products and by the bytes that a tile must bring.
-    rate = RATES[kernel.family] * (1.0 if kernel.threads > 256 else 0.9)
-    step = area * 16 / rate + (kernel.rows / kernel.cluster * 0.56 + kernel.tokens) * 0.25
-    turns = (tiles - streamed) / workers
-    blocks = -(-(tiles - streamed) // workers) * k_blocks if turns else 0
-    blocks += streamed * k_blocks / workers
-    cost = blocks * step + (-(-tiles // workers)) * (area * 40 + 300) + (area * 60 if streamed else 0) + 400
-    # A decode kernel's unit is a kilobyte at 20 bytes a cycle, 50 cycles.
-    return Choice(number, workers, streamed, tiles, cost / 50)
+    found = [choice(workers, 0)]
+    for streamed in {rest, min(tiles, rest + workers)} - {0}:
+        # Shares of less than four blocks of K are not worth their sums.
+        sharing = min(workers, max(1, streamed * k_blocks // 4)) if streamed == tiles else workers
+        if streamed * k_blocks >= 4 * sharing:
+            found.append(choice(sharing, streamed))
+    return found

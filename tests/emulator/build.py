@@ -1,4 +1,7 @@
-"""Builds the emulator: the translation units of sparsekern._cuda by g++, with the engine, as module _emulator."""
+"""Builds the emulator: the translation units of sparsekern._cuda by g++, with the engine, as module _emulator.
+
+On a machine with a GPU the same probes are built by nvcc instead, as module _probes (python tests/emulator/build.py).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def build() -> ModuleType:
         f"  command = {cxx} -shared -pthread $in -o $out",
     ]
     made = []
-    units = [*cuda_units(), *((source, source.stem, None) for source in sorted(HERE.glob("*.cpp")))]
+    units = [*cuda_units(), *((HERE / name, Path(name).stem, None) for name in ("engine.cpp", "probes.cu"))]
     for source, name, kind in units:
         made.append(f"{name}.o")
         lines.append(f"build {name}.o: compile {_escaped(source)}")
@@ -49,8 +52,27 @@ def build() -> ModuleType:
     done = subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the emulator cannot be built:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
-    spec = importlib.util.spec_from_file_location("_emulator", out)
-    assert spec is not None and spec.loader is not None
+    return _load("_emulator", out)
+
+
+def build_probes() -> ModuleType:
+    """The probes for the GPU that is here (sm_90a)."""
+    folder = ROOT / "build" / f"probes-{sys.implementation.cache_tag}"
+    folder.mkdir(parents=True, exist_ok=True)
+    out, source = folder / f"_probes{sysconfig.get_config_var('EXT_SUFFIX')}", HERE / "probes.cu"
+    sources = (source, *(ROOT / "csrc" / "device").glob("*.h"))
+    if not out.exists() or out.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+        nvcc = os.environ.get("CUDACXX", "nvcc")
+        includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+        flags = ["-std=c++20", "-O2", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-shared"]
+        subprocess.run([nvcc, *flags, *includes, str(source), "-o", str(out)], check=True)
+    return _load("_probes", out)
+
+
+def _load(name: str, out: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, out)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -58,3 +80,7 @@ def build() -> ModuleType:
 
 def _escaped(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+if __name__ == "__main__":
+    print(build_probes())

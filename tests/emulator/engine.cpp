@@ -162,13 +162,13 @@ void arrive_and_wait(Barrier& barrier, unsigned expected, const char* name) {
     }
 }
 
-bool step(Thread& thread) {
-    if (thread.done || (thread.ready && !thread.ready(thread.ready_context))) return false;
+bool can_run(const Thread& thread) { return !thread.done && (!thread.ready || thread.ready(thread.ready_context)); }
+
+void step(Thread& thread) {
     thread.ready = nullptr;
     run->running = &thread;
     swapcontext(&run->scheduler, &thread.context);
     run->running = nullptr;
-    return true;
 }
 
 void perform_one_later() {
@@ -201,13 +201,11 @@ void run_cluster() {
         bool progress = false, left = false;
         for (unsigned i : order) {
             Thread& thread = run->fibers[i];
-            if (thread.done) continue;
-            left = true;
-            if (run->schedule.order == Order::random && chance(0.3)) {
-                progress = true;  // held back, not stuck
-                continue;
-            }
-            progress |= step(thread);
+            left |= !thread.done;
+            if (!can_run(thread)) continue;
+            progress = true;
+            if (run->schedule.order == Order::random && chance(0.3)) continue;  // held back for a while
+            step(thread);
             if (!run->error.empty()) return;
         }
         if (!left) break;

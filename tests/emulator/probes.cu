@@ -1,0 +1,230 @@
+// Each instruction of the device vocabulary alone, raw registers in and out: tests/test_device.py compares the emulator
+// with dense definitions, and on a GPU the emulator with the hardware.
+#include <pybind11/pybind11.h>
+
+#include "../../csrc/device/copy.h"
+#include "../../csrc/device/launch.h"
+#include "../../csrc/device/mma.h"
+#include "../../csrc/device/wgmma.h"
+
+namespace py = pybind11;
+using namespace sk::device;
+
+namespace {
+
+// a [32][4], b [32][4], meta [32] words; d [32][4] in and out.
+template <Type T, int kSelector>
+SK_KERNEL(32, 1)
+probe_mma_sp(const uint32_t* a, const uint32_t* b, const uint32_t* meta, void* d) {
+    uint32_t ra[4], rb[4];
+    Accumulator<T> rd[4];
+    const uint32_t i = lane();
+    for (int j = 0; j < 4; ++j) {
+        ra[j] = a[4 * i + j];
+        rb[j] = b[4 * i + j];
+        rd[j] = static_cast<Accumulator<T>*>(d)[4 * i + j];
+    }
+    mma_sp<T, kSelector>(rd, ra, rb, meta[i]);
+    for (int j = 0; j < 4; ++j) static_cast<Accumulator<T>*>(d)[4 * i + j] = rd[j];
+}
+
+template <Type T>
+SK_KERNEL(32, 1)
+probe_mma(const uint32_t* a, const uint32_t* b, void* d) {
+    const uint32_t i = lane();
+    uint32_t ra[4], rb[2] = {b[2 * i], b[2 * i + 1]};
+    Accumulator<T> rd[4];
+    for (int j = 0; j < 4; ++j) {
+        ra[j] = a[4 * i + j];
+        rd[j] = static_cast<Accumulator<T>*>(d)[4 * i + j];
+    }
+    mma<T>(rd, ra, rb);
+    for (int j = 0; j < 4; ++j) static_cast<Accumulator<T>*>(d)[4 * i + j] = rd[j];
+}
+
+// a [128][4], meta [128]; b: N rows of 128 bytes, swizzled already; d [128][N / 2]. Two steps, the second at byte 64.
+template <Type T, int N>
+SK_KERNEL(128, 1)
+probe_product(const uint32_t* a, const uint32_t* meta, const uint32_t* b, void* d) {
+    char* memory = shared_memory();
+    const uint32_t i = thread_index();
+    for (int j = i; j < N * 32; j += 128) reinterpret_cast<uint32_t*>(memory)[j] = b[j];
+    fence_shared_writes();
+    sync_block();
+    uint32_t first[4], second[4];
+    Accumulator<T> rd[N / 2];
+    for (int j = 0; j < 4; ++j) {
+        first[j] = a[4 * i + j];
+        second[j] = a[512 + 4 * i + j];
+    }
+    const uint32_t words[2] = {meta[i], meta[128 + i]};
+    const uint64_t at = product_descriptor(shared_address(memory));
+    fence_products();
+    product_sp<T, N, 0>(rd, first, at, words[0], 0);
+    product_sp<T, N, is_wide(T) ? 1 : 0>(rd, second, at + 4, words[1], 1);
+    commit_products();
+    wait_products<0>();
+    for (int j = 0; j < N / 2; ++j) static_cast<Accumulator<T>*>(d)[i * (N / 2) + j] = rd[j];
+}
+
+// in [32][4] -> matrices stored transposed at the lanes' rows -> loaded by ldmatrix -> out [32][4]; also movmatrix of in.
+SK_KERNEL(32, 1) probe_matrices(const uint32_t* in, uint32_t* stored, uint32_t* loaded, uint32_t* moved) {
+    char* memory = shared_memory();
+    const uint32_t i = lane();
+    uint32_t r[4] = {in[4 * i], in[4 * i + 1], in[4 * i + 2], in[4 * i + 3]};
+    store_matrices_transposed(shared_address(memory + 16 * i), r);
+    sync_warp();
+    for (int j = 0; j < 4; ++j) stored[4 * i + j] = reinterpret_cast<const uint32_t*>(memory)[4 * i + j];
+    load_matrices(r, shared_address(memory + 16 * i));
+    for (int j = 0; j < 4; ++j) {
+        loaded[4 * i + j] = r[j];
+        moved[4 * i + j] = transpose_matrix(in[4 * i + j]);
+    }
+}
+
+SK_KERNEL(32, 1) probe_warp(const uint32_t* in, uint32_t* out) {
+    const uint32_t i = lane(), value = in[i];
+    out[i] = shuffle_xor(value, 5);
+    out[32 + i] = shuffle(value, (i * 7 + 3) & 31);
+    out[64 + i] = ballot(value & 1);
+    out[96 + i] = count_bits(value);
+    out[128 + i] = pack_pair<Type::bf16>(bits_as<float>(value), bits_as<float>(in[31 - i]));
+    out[160 + i] = pack_pair<Type::f16>(bits_as<float>(value), bits_as<float>(in[31 - i]));
+}
+
+// 32 pieces of kBytes, the odd ones invalid: they land as zeros.
+template <int kBytes>
+SK_KERNEL(32, 1)
+probe_copy(const char* in, uint32_t* out) {
+    char* memory = shared_memory();
+    const uint32_t i = lane();
+    copy_async<kBytes>(shared_address(memory + kBytes * i), in + kBytes * i, i % 2 == 0);
+    commit_copies();
+    wait_copies<0>();
+    sync_warp();
+    for (int j = i; j < 8 * kBytes; j += 32) out[j] = reinterpret_cast<const uint32_t*>(memory)[j];
+}
+
+// A cluster of two: each block loads its half of a box of 16 rows to both. out [2][16 * 32] words as they lie in memory.
+SK_KERNEL(32, 1) probe_box(SK_PARAM TensorMap map, int column, int row, int bytes, uint32_t* out) {
+    char* memory = shared_memory();
+    const uint32_t barrier = shared_address(memory + 2048), rank = cluster_rank();
+    if (thread_index() == 0) {
+        barrier_init(barrier, 1);
+        fence_barrier_init();
+    }
+    sync_cluster();
+    if (thread_index() == 0) {
+        barrier_expect(barrier, 2048);
+        load_box_multicast(shared_address(memory + rank * 1024), &map, column, row + rank * 8, barrier, 3, bytes);
+    }
+    barrier_wait(barrier, 0);
+    for (int j = lane(); j < 512; j += 32) out[512 * rank + j] = reinterpret_cast<const uint32_t*>(memory)[j];
+    sync_cluster();
+}
+
+// What the emulator must refuse. 0: waits for an arrival that never comes; 1: a diverged warp; 2: one arrival too many;
+// 3: reads what no wait has brought; 4: writes beyond shared memory; 5: reads an accumulator before the wait.
+SK_KERNEL(128, 1) probe_mistake(int which, uint32_t* out) {
+    char* memory = shared_memory();
+    const uint32_t barrier = shared_address(memory), i = thread_index();
+    if (i == 0) barrier_init(barrier, 1);
+    sync_block();
+    if (which == 0) barrier_wait(barrier, 0);
+    if (which == 1 && i < 32) {
+        if (i < 16) {
+            sync_warp();
+        } else {
+            out[i] = ballot(true);
+        }
+    }
+    if (which == 2 && i == 0) {
+        barrier_expect(barrier, 16);
+        barrier_arrive(barrier);
+    }
+    if (which == 3) {
+        copy_async<4>(shared_address(memory + 64 + 4 * i), out + i, true);
+        commit_copies();
+        const uint32_t early = *reinterpret_cast<uint32_t*>(memory + 64 + 4 * i);
+        wait_copies<0>();
+        out[i] = early;
+    }
+    if (which == 4 && i == 0) memory[1024] = 1;
+    if (which == 5) {
+        float d[4] = {1, 1, 1, 1};
+        const uint32_t a[4] = {}, meta = 0x44444444;
+        fence_products();
+        product_sp<Type::bf16, 8, 0>(d, a, product_descriptor(shared_address(memory)), meta, 1);
+        commit_products();
+        out[i] = bits_as<uint32_t>(d[0]);
+        wait_products<0>();
+    }
+}
+
+template <class P>
+P* at(uint64_t address) {
+    return reinterpret_cast<P*>(address);
+}
+
+template <class F>
+void with_type(int type, F f) {
+    switch (static_cast<Type>(type)) {
+        case Type::bf16: return f.template operator()<Type::bf16>();
+        case Type::f16: return f.template operator()<Type::f16>();
+        case Type::i8: return f.template operator()<Type::i8>();
+        default: return f.template operator()<Type::e4m3>();
+    }
+}
+
+}  // namespace
+
+void bind_probes(py::module_& m) {
+    m.def("probe_mma_sp", [](int type, int selector, uint64_t a, uint64_t b, uint64_t meta, uint64_t d) {
+        with_type(type, [&]<Type T>() {
+            auto* kernel = probe_mma_sp<T, 0>;
+            if constexpr (is_wide(T)) kernel = selector ? probe_mma_sp<T, 1> : kernel;
+            launch("mma_sp", kernel, {1, 1, 32, 0}, 0, at<const uint32_t>(a), at<const uint32_t>(b),
+                   at<const uint32_t>(meta), at<void>(d));
+        });
+    });
+    m.def("probe_mma", [](int type, uint64_t a, uint64_t b, uint64_t d) {
+        with_type(type, [&]<Type T>() {
+            launch("mma", probe_mma<T>, {1, 1, 32, 0}, 0, at<const uint32_t>(a), at<const uint32_t>(b), at<void>(d));
+        });
+    });
+    m.def("probe_product", [](int type, int n, uint64_t a, uint64_t meta, uint64_t b, uint64_t d) {
+        with_type(type, [&]<Type T>() {
+            auto* kernel = n == 8     ? probe_product<T, 8>
+                           : n == 16  ? probe_product<T, 16>
+                           : n == 32  ? probe_product<T, 32>
+                           : n == 64  ? probe_product<T, 64>
+                           : n == 128 ? probe_product<T, 128>
+                                      : probe_product<T, 256>;
+            launch("product", kernel, {1, 1, 128, static_cast<size_t>(n) * 128}, 0, at<const uint32_t>(a),
+                   at<const uint32_t>(meta), at<const uint32_t>(b), at<void>(d));
+        });
+    });
+    m.def("probe_matrices", [](uint64_t in, uint64_t stored, uint64_t loaded, uint64_t moved) {
+        launch("matrices", probe_matrices, {1, 1, 32, 512}, 0, at<const uint32_t>(in), at<uint32_t>(stored),
+               at<uint32_t>(loaded), at<uint32_t>(moved));
+    });
+    m.def("probe_warp", [](uint64_t in, uint64_t out) {
+        launch("warp", probe_warp, {1, 1, 32, 0}, 0, at<const uint32_t>(in), at<uint32_t>(out));
+    });
+    m.def("probe_copy", [](int bytes, uint64_t in, uint64_t out) {
+        auto* kernel = bytes == 4 ? probe_copy<4> : bytes == 8 ? probe_copy<8> : probe_copy<16>;
+        launch("copy", kernel, {1, 1, 32, 512}, 0, at<const char>(in), at<uint32_t>(out));
+    });
+    m.def("probe_box", [](int type, uint64_t data, int64_t columns, int64_t rows, int64_t stride, int column, int row,
+                          uint64_t out) {
+        const TensorMap map = tensor_map(at<void>(data), static_cast<Type>(type), columns, rows, stride, 8);
+        launch("box", probe_box, {2, 2, 32, 2048 + 8}, 0, map, column, row, bytes_of(static_cast<Type>(type)),
+               at<uint32_t>(out));
+    });
+    m.def("probe_mistake",
+          [](int which, uint64_t out) { launch("mistake", probe_mistake, {1, 1, 128, 1024}, 0, which, at<uint32_t>(out)); });
+}
+
+#if SK_GPU
+PYBIND11_MODULE(_probes, m) { bind_probes(m); }  // the emulator has them in its own module
+#endif

@@ -1,0 +1,494 @@
+"""The Triton kernels of bsr: on a GPU where there is one, else in Triton's interpreter, against float64.
+
+The interpreter reads beyond a tensor without a word, so inputs lie between bands of NaN; it cannot multiply bfloat16,
+so that type is compiled (test_codegen_triton.py) and runs on a GPU only.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import sparsekern as sk
+from sparsekern import _ext
+from sparsekern.bsr import triton as launcher
+from sparsekern.bsr import update_topology, work
+from sparsekern.bsr.config import Config, candidates, config, why_illegal
+from sparsekern.bsr.layout import Bsr
+from sparsekern.conv import matrix_of, weight_of
+from sparsekern.functional import conv2d
+from sparsekern.ref import ACTIVATIONS
+from sparsekern.testing import (
+    TOLERANCE,
+    assert_close,
+    generator,
+    guarded,
+    guarded_layout,
+    pack,
+    poisoned,
+    random_dense,
+    random_scale,
+    random_weight,
+    reference_mm,
+    reference_mm_t,
+    reference_sddmm,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _ext.interpreting() else "cpu")
+MISSING = _ext.why_not_triton(DEVICE)
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+# Ways to run a product beside the heuristic's: rows cut at every block and tokens in shares; tensor maps; a program a tile.
+WAYS = {"plain": {}, "cut": {"most": 1, "parts": 3}, "maps": {"tma": True}, "tiles": {"resident": 0, "group": 1}}
+
+
+def weight(n: int, k: int, block: tuple[int, int], dtype: torch.dtype, density: float = 0.4, seed: int = 0) -> tuple:
+    """(dense on the CPU, layout on the device)."""
+    dense = random_weight("bsr", n, k, dtype, density, block, seed)
+    return dense, pack("bsr", dense, block).to(device=DEVICE)
+
+
+def matrix(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return random_dense(*shape, dtype=dtype, seed=seed).to(DEVICE)
+
+
+def how(op: str, layout: Bsr, x: Tensor, **changes: object) -> Config:
+    """The heuristic's configuration with changes."""
+    return replace(launcher.heuristic(op, layout, x, x.shape[0]), **changes)
+
+
+def at_stored(layout: Bsr, dense: Tensor) -> Tensor:
+    return layout.to(device="cpu").sample(dense.cpu())
+
+
+def check(layout: Bsr, dense: Tensor, x: Tensor, dy: Tensor, **changes: object) -> None:
+    """The three products, between guard bands, against float64."""
+    dtype = x.dtype
+    banded, unharmed = guarded_layout(layout)
+    gx, gdy = guarded(x, gap=8), guarded(dy, gap=8)
+    x, dy, host_x, host_dy = gx.tensor, gdy.tensor, x.cpu(), dy.cpu()
+    with poisoned():
+        y = launcher.mm(banded, x, None, "none", how=how("mm", banded, x, **changes))
+        dx = launcher.mm_t(banded, dy, how=how("mm_t", banded, dy, **changes))
+        dw = launcher.sddmm(banded, dy, x, how=how("sddmm", banded, x, **changes))
+    assert_close(y, reference_mm(dense, host_x), dtype)
+    assert_close(dx, reference_mm_t(dense, host_dy), dtype)
+    assert_close(dw, at_stored(layout, reference_sddmm(host_dy, host_x)), dtype)
+    for guard in (gx, gdy):
+        guard.check()
+    unharmed()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("block", [(16, 16), (16, 64), (64, 32), (32, 128)], ids=str)
+def test_products(block: tuple[int, int], way: str, dtype: torch.dtype) -> None:
+    """Odd sizes: every edge is ragged."""
+    r, c = block
+    for m, n, k in ((1, r + 1, c - 3), (35, 2 * r + 5, 2 * c + 7)):
+        dense, layout = weight(n, k, block, dtype, 0.6, seed=m)
+        check(layout, dense, matrix(m, k, dtype=dtype), matrix(m, n, dtype=dtype, seed=2), **WAYS[way])
+
+
+def test_every_m() -> None:
+    """Every number of tokens from 1 to 130. Rows of Y are independent, so one reference serves all."""
+    most, n, k, dtype = 130, 40, 70, torch.float16
+    dense, layout = weight(n, k, (32, 32), dtype, 0.6)
+    x, dy = matrix(most, k, dtype=dtype), matrix(most, n, dtype=dtype, seed=2)
+    y, dx = reference_mm(dense, x.cpu()), reference_mm_t(dense, dy.cpu())
+    for m in range(1, most + 1):
+        gx, gdy = guarded(x[:m]).tensor, guarded(dy[:m]).tensor
+        with poisoned():
+            assert_close(launcher.mm(layout, gx, None, "none"), y[:m], dtype)
+            assert_close(launcher.mm_t(layout, gdy), dx[:m], dtype)
+            if m < 40 or m % 9 == 0:
+                right = reference_sddmm(dy[:m].cpu(), x[:m].cpu())
+                assert_close(launcher.sddmm(layout, gdy, gx), at_stored(layout, right), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_rows_columns_and_nothing(dtype: torch.dtype) -> None:
+    dense, _ = weight(96, 112, (16, 16), dtype, 0.5)
+    dense[16:48] = 0
+    dense[:, 96:] = 0
+    bias = matrix(96, dtype=dtype, seed=3)
+    for stored in (dense, torch.zeros_like(dense)):
+        layout = pack("bsr", stored, (16, 16)).to(device=DEVICE)
+        for m in (0, 1, 20):
+            x, dy = matrix(m, 112, dtype=dtype), matrix(m, 96, dtype=dtype, seed=2)
+            check(layout, stored, x, dy)
+            with poisoned():
+                y = launcher.mm(layout, x, bias, "silu")
+            assert_close(y, reference_mm(stored, x.cpu(), bias.cpu(), "silu"), dtype)
+    for n, k in ((0, 32), (32, 0)):
+        layout = pack("bsr", torch.zeros(n, k, dtype=dtype), (16, 16)).to(device=DEVICE)
+        assert launcher.mm(layout, matrix(3, k, dtype=dtype), None, "none").shape == (3, n)
+        assert not launcher.mm_t(layout, matrix(3, n, dtype=dtype)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_endings(dtype: torch.dtype) -> None:
+    """bias, every activation, residual; on whole rows and on rows that were cut."""
+    m, n, k = 18, 40, 64
+    dense, layout = weight(n, k, (16, 32), dtype, 0.7)
+    x, bias, residual = (matrix(*s, dtype=dtype, seed=i) for i, s in enumerate(((m, k), (n,), (m, n))))
+    wide = guarded(residual, gap=5)
+    for activation, most in itertools.product(ACTIVATIONS, (0, 1)):
+        with poisoned():
+            y = launcher.mm(layout, x, bias, activation, wide.tensor, how("mm", layout, x, most=most))
+        right = reference_mm(dense, x.cpu(), bias.cpu(), activation) + residual.cpu().double()
+        assert_close(y, right, dtype)
+    dx = launcher.mm_t(layout, residual, x)
+    assert_close(dx, reference_mm_t(dense, residual.cpu()) + x.cpu().double(), dtype)
+
+
+@pytest.mark.parametrize("activations", [torch.int8, *DTYPES], ids=str)
+def test_int8(activations: torch.dtype) -> None:
+    for m, n, k in ((1, 33, 70), (20, 64, 96)):
+        dense = random_weight("bsr", n, k, torch.int8, 0.6, (16, 32))
+        scale = random_scale(n)
+        layout = pack("bsr", dense, (16, 32), scale).to(device=DEVICE)
+        wide, result = (
+            dense.double() * scale.double()[:, None],
+            torch.float32 if activations == torch.int8 else activations,
+        )
+        x, bias = matrix(m, k, dtype=activations), matrix(n, dtype=torch.float32, seed=3)
+        for most in (0, 1):
+            with poisoned():
+                y = launcher.mm(layout, x, bias, "relu", how=how("mm", layout, x, most=most))
+            assert_close(y, reference_mm(wide, x.cpu(), bias.cpu(), "relu"), result)
+        if activations != torch.int8:
+            dy = matrix(m, n, dtype=activations, seed=2)
+            assert_close(launcher.mm_t(layout, dy), reference_mm_t(wide, dy.cpu()), result)
+
+
+def test_fp8() -> None:
+    """float8_e4m3fn values with a scale per row, with activations of their own type (float32 out) and with float ones."""
+    n, k, m = 40, 96, 20
+    kind = torch.float8_e4m3fn
+    dense = random_weight("bsr", n, k, torch.float32, 0.6, (16, 32)).to(kind)
+    scale = random_scale(n)
+    packed = pack("bsr", dense.float(), (16, 32))
+    layout = replace(packed, values=packed.values.to(kind), scale=scale).check().to(device=DEVICE)
+    wide = dense.double() * scale.double()[:, None]
+    assert torch.equal(layout.to_dense().cpu().double(), (dense.float() * scale[:, None]).double())
+    if ON_GPU and _ext.capability(DEVICE) < 89:
+        pytest.skip("float8_e4m3fn needs compute capability 8.9")
+    for given, out in ((kind, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float32)):
+        x = random_dense(m, k, seed=1).to(given).to(DEVICE)
+        y = sk.linear(x, sk.SparseTensor(layout), backend="triton")
+        assert_close(y, reference_mm(wide, x.cpu()), out, tol=2e-3 if given == kind and ON_GPU else None)
+        if given != kind:
+            dy = matrix(m, n, dtype=given, seed=2)
+            assert_close(launcher.mm_t(layout, dy), reference_mm_t(wide, dy.cpu()), out, tol=2 * TOLERANCE[out])
+
+
+def test_skewed_rows_and_the_same_bits() -> None:
+    """One full row among short ones, cut in pieces: the same bits every time, and at any number of programs."""
+    n = k = 128
+    block, dtype = (16, 16), torch.float32
+    dense, _ = weight(n, k, block, dtype, 0.15)
+    dense[32:48] = random_dense(16, k, seed=7)
+    layout = pack("bsr", dense, block).to(device=DEVICE)
+    x, dy = matrix(33, k, dtype=dtype), matrix(33, n, dtype=dtype, seed=2)
+    check(layout, dense, x, dy, most=2, parts=2)
+    results = [
+        (
+            launcher.mm(layout, x, None, "none", how=how("mm", layout, x, most=2, resident=resident)),
+            launcher.mm_t(layout, dy, how=how("mm_t", layout, dy, most=2, resident=resident)),
+            launcher.sddmm(layout, dy, x, how=how("sddmm", layout, x, parts=2)),
+        )
+        for resident in (1, 1, 0, 3)
+    ]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 100])
+def test_work_lists(most: int) -> None:
+    """Every stored block in exactly one item, longest first, partial sums numbered without gaps."""
+    for density in (0.0, 0.05, 0.4, 1.0):
+        _, layout = weight(200, 150, (16, 16), torch.float32, density)
+        nnzb = layout.values.shape[0]
+        for starts in (layout.crow, work.by_columns(layout).starts):
+            items, splits, slots, _ = work.cut(starts, nnzb, most)
+            used = [item for item in items.tolist() if item[0] >= 0]
+            lengths = [end - begin for _, begin, end, _ in used]
+            assert lengths == sorted(lengths, reverse=True)
+            assert not most or max(lengths, default=0) <= most
+            seen = sorted(b for row, begin, end, _ in used for b in range(begin, end))
+            assert seen == list(range(nnzb))
+            assert {item[0] for item in used} == set(range(len(starts) - 1))
+            for row, begin, end, _ in used:
+                assert int(starts[row]) <= begin <= end <= int(starts[row + 1])
+            pieces = {item[0]: [i[3] for i in used if i[0] == item[0]] for item in used}
+            cut_rows = {row: sorted(s) for row, s in pieces.items() if len(s) > 1}
+            assert all(s == [-1] for s in pieces.values() if len(s) == 1)
+            named = {row: list(range(first, first + count)) for row, first, count in splits.tolist() if row >= 0}
+            assert named == cut_rows
+            taken = sorted(s for places in cut_rows.values() for s in places)
+            assert taken == list(range(len(taken)))
+            assert len(taken) <= slots
+
+
+def test_work_lists_die_with_the_weight() -> None:
+    _, layout = weight(64, 64, (16, 16), torch.float32)
+    launcher.mm_t(layout, matrix(2, 64, dtype=torch.float32))
+    launcher.mm(layout, matrix(2, 64, dtype=torch.float32), None, "none")
+    alive = weakref.ref(work.by_columns(layout).gather)
+    assert alive() is not None
+    del layout
+    gc.collect()
+    assert alive() is None
+
+
+def test_update_topology() -> None:
+    """Blocks that stay keep their values, new ones are zero; products and lists follow in place."""
+    n, k, block = 90, 120, (16, 16)
+    _, layout = weight(n, k, block, torch.float32)
+    (nb, kb), nnzb = layout.grid, layout.values.shape[0]
+    x, dy = matrix(9, k, dtype=torch.float32), matrix(9, n, dtype=torch.float32, seed=2)
+    launcher.mm(layout, x, None, "none")
+    launcher.mm_t(layout, dy)
+    lists = work.work_list(layout, True, 1).items
+    tensors = [t.data_ptr() for t in layout.tensors().values()]
+    for turn in range(3):
+        mask = torch.zeros(nb * kb, dtype=torch.bool)
+        mask[torch.randperm(nb * kb, generator=generator(turn))[: nnzb - 2 * turn]] = True
+        mask = mask.reshape(nb, kb)
+        before = layout.to(device="cpu").unpack()
+        assert update_topology(layout, mask.to(DEVICE)) is layout
+        dense = before * mask.repeat_interleave(16, 0).repeat_interleave(16, 1)[:n, :k]
+        assert torch.equal(layout.to(device="cpu").check().unpack(), dense)
+        assert work.work_list(layout, True, 1).items is lists
+        check(layout, dense, x, dy)
+        layout.values.copy_(layout.sample(random_dense(n, k, seed=turn).to(DEVICE)))
+        check(layout, layout.to(device="cpu").unpack(), x, dy, most=1)
+    assert [t.data_ptr() for t in layout.tensors().values()] == tensors
+    for bad in (torch.ones(nb, kb), torch.ones(nb, kb + 1, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="mask must be bool of shape"):
+            update_topology(layout, bad.to(DEVICE))
+    if not ON_GPU:
+        with pytest.raises(RuntimeError, match="more blocks than"):
+            update_topology(layout, torch.ones(nb, kb, dtype=torch.bool))
+
+
+# The grid of torch's own tests of its BSR kernels (test_sparse_csr.py, TestSparseCompressedTritonKernels).
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("block", [(16, 16), (16, 32), (32, 32), (64, 64)], ids=str)
+def test_grid_of_torch(block: tuple[int, int], sparsity: float) -> None:
+    """op x block x sparsity x bias x residual x row scale x strange strides, forward and sampled product."""
+    dtype, (r, c), m = torch.float16, block, 19
+    n, k = 2 * r, 2 * c
+    dense, layout = weight(n, k, block, dtype, 1 - sparsity)
+    wide = matrix(k, 2 * m, dtype=dtype)
+    for x in (matrix(m, k, dtype=dtype), wide[:, ::2].t(), matrix(2 * m, k + 3, dtype=dtype)[::2, 3:]):
+        for with_bias, with_residual in ((False, False), (True, False), (True, True)):
+            bias = matrix(n, dtype=dtype, seed=3) if with_bias else None
+            residual = matrix(n, m, dtype=dtype, seed=4).t() if with_residual else None
+            right = reference_mm(dense, x.cpu(), None if bias is None else bias.cpu())
+            right = right if residual is None else right + residual.cpu().double()
+            assert_close(launcher.mm(layout, x, bias, "none", residual), right, dtype)
+        dy = matrix(n, m, dtype=dtype, seed=5).t()
+        dw = launcher.sddmm(layout, dy, x)
+        assert_close(dw, at_stored(layout, reference_sddmm(dy.cpu(), x.cpu())), dtype)
+
+
+# The sizes of stk's tests (stk/ops/linear_ops_test.py), blocks of 128 as blocks of 16.
+STK = [
+    (128, 128, 128, 0.0), (256, 256, 256, 0.5), (2048, 1024, 512, 0.8), (512, 128, 128, 0.0), (128, 128, 512, 0.0),
+    (1024, 512, 512, 0.0), (1024, 512, 512, 0.5), (1024, 512, 512, 0.75), (512, 512, 1024, 0.0),
+    (512, 512, 1024, 0.5), (512, 512, 1024, 0.75), (1024, 1024, 1024, 0.0), (1024, 1024, 1024, 0.5),
+    (1024, 1024, 1024, 0.75),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("size", STK, ids=str)
+def test_grid_of_stk(size: tuple[int, int, int, float], transposed: tuple[bool, bool]) -> None:
+    """sparse @ dense with either one transposed: the product and both gradients (dsd, dds and sdd of stk)."""
+    m, k, n, sparsity = (*(s // 8 for s in size[:3]), size[3])
+    dtype = torch.float32 if transposed == (True, True) and m * k * n < 128**3 else torch.float16
+    flip_w, flip_x = transposed
+    dense, layout = weight(*((k, m) if flip_w else (m, k)), (16, 16), dtype, 1 - sparsity)
+    x = matrix(*((n, k) if flip_x else (k, n)), dtype=dtype).requires_grad_()
+    w = sk.SparseTensor(layout, requires_grad=True)
+    y = sk.matmul(w.t() if flip_w else w, x.t() if flip_x else x, backend="triton")
+    dy = matrix(m, n, dtype=dtype, seed=2)
+    y.backward(dy)
+    w64, x64 = dense.double().requires_grad_(), x.detach().cpu().double().requires_grad_()
+    right = (w64.t() if flip_w else w64) @ (x64.t() if flip_x else x64)
+    right.backward(dy.cpu().double())
+    assert_close(y, right, dtype)
+    assert_close(x.grad, x64.grad, dtype)
+    assert_close(w.grad.packed.values, at_stored(layout, w64.grad), dtype)
+
+
+CONVOLUTIONS = [
+    # kernel, channels, outputs, groups, stride, padding, dilation, height, width, block
+    ((3, 3), 32, 40, 1, 1, 1, 1, 7, 6, (16, 32)),
+    ((3, 2), 32, 64, 2, (2, 1), (1, 0), (1, 2), 7, 5, (32, 16)),
+    ((1, 1), 32, 32, 1, 2, 0, 1, 5, 6, (16, 16)),
+    ((1, 1), 32, 24, 1, 1, 0, 1, 5, 6, (16, 32)),
+    ((2, 2), 16, 16, 1, 3, 0, 1, 7, 8, (16, 16)),
+    ((3, 3), 16, 16, 1, 1, 4, 1, 3, 2, (16, 16)),
+]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda c: "k{}x{}c{}o{}g{}s{}p{}d{}i{}x{}".format(*c[0], *c[1:9]))
+def test_convolution(case: tuple, last: bool) -> None:
+    """Forward and the three gradients of a block-sparse convolution against torch's dense one in float64."""
+    kernel, c, o, groups, stride, padding, dilation, height, width, block = case
+    dtype = torch.float32 if last else torch.float16
+    order = torch.channels_last if last else torch.contiguous_format
+    dense, layout = weight(o, c // groups * kernel[0] * kernel[1], block, dtype, 0.4)
+    x = matrix(2, c, height, width, dtype=dtype).to(memory_format=order)
+    bias = matrix(o, dtype=dtype, seed=3)
+    steps = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    call = {"backend": "triton", "kernel_size": kernel, "order": "rsc", **steps}
+    leaves = [t.cpu().double().requires_grad_() for t in (x, weight_of(dense, kernel, "rsc"), bias)]
+    right = functional.conv2d(*leaves, **steps)
+    dy = matrix(*right.shape, dtype=dtype, seed=2).to(memory_format=order)
+    right.backward(dy.cpu().double())
+    banded, unharmed = guarded_layout(layout)
+    gx = guarded(x.permute(0, 2, 3, 1)).tensor.permute(0, 3, 1, 2) if last else guarded(x).tensor
+    with torch.no_grad(), poisoned():
+        y = conv2d(gx, banded, bias, activation="relu", **call)
+    assert_close(y, right.relu(), dtype)
+    assert y.is_contiguous(memory_format=order)
+    unharmed()
+    mine = [t.detach().clone().requires_grad_() for t in (x, layout.values, bias)]
+    with poisoned():
+        conv2d(mine[0], layout.with_values(mine[1]), mine[2], **call).backward(dy)
+    loose = 4 * TOLERANCE[dtype]
+    assert_close(mine[0].grad, leaves[0].grad, dtype, tol=loose)
+    assert_close(mine[1].grad, at_stored(layout, matrix_of(leaves[1].grad, "rsc")), dtype, tol=loose)
+    assert_close(mine[2].grad, leaves[2].grad, dtype, tol=loose)
+
+
+def test_convolution_cut_and_shared() -> None:
+    """Rows cut at every block, pixels in shares: the second passes of a convolution."""
+    from sparsekern.conv import Geometry
+    from sparsekern.conv import triton as convolution
+
+    dense, layout = weight(32, 144, (16, 16), torch.float32, 0.5)
+    x, g = matrix(2, 16, 6, 5, dtype=torch.float32), Geometry(3, 3, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1)
+    w = weight_of(dense, (3, 3), "rsc").double().requires_grad_()
+    x64 = x.cpu().double().requires_grad_()
+    right = functional.conv2d(x64, w, stride=(1, 2), padding=1)
+    dy = matrix(*right.shape, dtype=torch.float32, seed=2)
+    right.backward(dy.cpu().double())
+    made = convolution._config("mm", layout, x, 30)
+    with poisoned():
+        y = convolution.conv2d(layout, x, None, g, "none", replace(made, most=1, tokens=16))
+        dx = convolution.conv2d_input(layout, dy, g, 6, 5, replace(made, most=1, tokens=16))
+        dw = convolution.conv2d_weight(layout, dy, x, g, replace(made, tokens=16, parts=2))
+    assert_close(y, right)
+    assert_close(dx, x64.grad)
+    assert_close(dw, at_stored(layout, matrix_of(w.grad, "rsc")))
+
+
+@pytest.mark.parametrize("cc", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+def test_configurations_are_legal(dtype: torch.dtype, cc: int) -> None:
+    """The heuristic and every candidate of tuning, over a grid of calls."""
+    sides = (16, 32, 64, 128)
+    for block, m, density in itertools.product(
+        itertools.product(sides, sides), (0, 1, 17, 64, 700, 65536), (0.0, 0.1, 1.0)
+    ):
+        if dtype == torch.int8 and block[1] < 32:
+            continue
+        for op in ("mm",) if dtype == torch.int8 else ("mm", "mm_t", "sddmm"):
+            for precision in ("ieee", "tf32x3") if dtype == torch.float32 else ("ieee",):
+                call = (op, m, 1000, 4096, block, dtype, density, cc, 132, precision)
+                made = config(*call)
+                assert why_illegal(op, made, block, dtype, cc) is None, (call, made)
+                assert made.most >= 0
+                assert made.parts >= 1
+    tried = list(candidates("mm", 4096, 4096, 4096, (64, 64), dtype, 0.25, cc))
+    assert tried[0] == config("mm", 4096, 4096, 4096, (64, 64), dtype, 0.25, cc)
+    assert len(tried) == len(set(tried)) > 3
+    assert all(why_illegal("mm", made, (64, 64), dtype, cc) is None for made in tried)
+    with pytest.raises(ValueError, match="op must be"):
+        config("mv", 1, 64, 64, (16, 16), dtype, 0.5, cc)
+
+
+def test_illegal_configurations_say_why() -> None:
+    good = config("mm", 4096, 4096, 4096, (64, 64), torch.bfloat16, 0.5, 90)
+    for changes, cc, why in (
+        ({"tokens": 48}, 90, "powers of two"),
+        ({"depth": 128}, 90, "does not divide"),
+        ({"tokens": 512}, 90, "out of range"),
+        ({"tma": True}, 80, "tensor maps"),
+        ({"stages": 8, "tokens": 256, "warps": 8}, 90, "shared memory"),
+        ({"warps": 1}, 90, "registers"),
+    ):
+        assert why in str(why_illegal("mm", replace(good, **changes), (64, 64), torch.bfloat16, cc))
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    def why(op: str, block: tuple[int, int], dtype: torch.dtype, given: torch.dtype | None = None) -> str:
+        scale = random_scale(64) if dtype == torch.int8 else None
+        layout = pack("bsr", random_weight("bsr", 64, 64, dtype, 0.5, block), block, scale).to(device=DEVICE)
+        return str(launcher.why_not(op, layout, matrix(2, 64, dtype=given or dtype)))
+
+    assert "sides of 16, 32, 64 or 128" in why("mm", (4, 4), torch.float32)
+    assert "sides of 16, 32, 64 or 128" in why("mm", (48, 16), torch.float32)
+    assert "float64 is not supported" in why("mm", (16, 16), torch.float64)
+    assert "at least 32 columns" in why("mm", (32, 16), torch.int8)
+    assert "mm only" in why("mm_t", (32, 32), torch.int8)
+    assert "no gradient" in why("sddmm", (32, 32), torch.int8, torch.float32)
+    assert "must agree" in why("mm", (32, 32), torch.float16, torch.float32)
+    if not ON_GPU:
+        assert "bfloat16 wrongly" in why("mm", (32, 32), torch.bfloat16)
+    monkeypatch.setenv("SPARSEKERN_FP32", "fp16")
+    with pytest.raises(ValueError, match="SPARSEKERN_FP32 must be one of"):
+        launcher.fp32_precision()
+    for named in ("ieee", "tf32", "tf32x3"):
+        monkeypatch.setenv("SPARSEKERN_FP32", named)
+        assert launcher.fp32_precision() == named
+    monkeypatch.delenv("SPARSEKERN_FP32")
+    assert launcher.fp32_precision() == "tf32x3"
+
+
+def test_convolutions_that_cannot_be_run() -> None:
+    x = matrix(1, 24, 5, 5, dtype=torch.float32)
+    for shape, block, kernel, order, groups, message in (
+        ((32, 216), (16, 16), 3, "rsc", 1, "16 columns do not divide the 24 channels"),
+        ((32, 216), (16, 16), 3, "crs", 1, "order 'rsc'"),
+        ((48, 108), (32, 16), 3, "rsc", 2, "inside one"),
+    ):
+        layout = pack("bsr", random_weight("bsr", *shape, block=block), block).to(device=DEVICE)
+        with pytest.raises(NotImplementedError, match=message):
+            conv2d(x, layout, kernel_size=kernel, order=order, groups=groups, backend="triton")
+    with pytest.raises(NotImplementedError, match="this weight is csr"):
+        conv2d(x, pack("csr", torch.ones(8, 216)).to(device=DEVICE), order="rsc", backend="triton")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_a_warm_call_neither_waits_nor_allocates_indices() -> None:
+    """No synchronisation after the first call, and a captured graph gives the same bits on new inputs."""
+    _, layout = weight(256, 256, (64, 64), torch.bfloat16)
+    x = matrix(32, 256, dtype=torch.bfloat16)
+    right = launcher.mm(layout, x, None, "none")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launcher.mm(layout, x, None, "none")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = launcher.mm(layout, x, None, "none")
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, right)

@@ -1,0 +1,235 @@
+"""sp24 on sparse tensor cores, emulated: every kernel, type and schedule against the oracle; the choice of kernel."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import SCHEDULES, running_on_device
+from torch import Tensor
+
+import sparsekern as sk
+from sparsekern import ref
+from sparsekern._ext import CUDA_DTYPES, FP8
+from sparsekern.sp24 import config, cuda, fragments
+from sparsekern.sp24 import pack as pack24
+from sparsekern.sp24.layout import Sp24
+from sparsekern.testing import assert_close, poisoned, random_dense
+
+OPERANDS = (torch.bfloat16, torch.float16, torch.int8, FP8)
+KERNELS = 14
+# Relative error of a result that is rounded once to the output's type.
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 2e-6, torch.int32: 0.0}
+
+
+def weight(n: int, k: int, dtype: torch.dtype, *, scale: bool = False, seed: int = 0) -> Sp24:
+    dense = random_dense(n, k, seed=seed)
+    packed = pack24((dense * 30).round() if dtype == torch.int8 else dense, prune=True)
+    scales = random_dense(n, seed=seed + 1).sigmoid() + 0.5 if scale else None
+    return Sp24(values=packed.values.to(dtype), metadata=packed.metadata, shape=(n, k), scale=scales)
+
+
+def tokens(m: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    x = random_dense(m, k, seed=seed)
+    return (x * 30).round().to(dtype) if dtype == torch.int8 else x.to(dtype)
+
+
+def dense_of(layout: Sp24) -> Tensor:
+    wide = Sp24(values=layout.values.double(), metadata=layout.metadata, shape=layout.shape, scale=None).unpack()
+    return wide if layout.scale is None else wide * layout.scale.double()[:, None]
+
+
+def error(out: Tensor, want: Tensor) -> float:
+    assert not out.isnan().any()
+    return float((out.double() - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def forced(number: int, m: int, n: int, k: int, dtype: torch.dtype, *, workers: int, streamed: int) -> config.Choice:
+    """A choice that the heuristic would not make: few workers, so that every path is taken."""
+    kernel = cuda.kernels(CUDA_DTYPES[dtype])[number]
+    tiles = -(-n // kernel.rows) * -(-m // kernel.tokens)
+    return config.Choice(number, workers, tiles if kernel.family == "decode" else min(streamed, tiles), tiles, 0.0)
+
+
+@pytest.mark.parametrize("number", range(KERNELS))
+def test_every_kernel(emulated: ModuleType, number: int) -> None:
+    """Every type; odd numbers of rows, columns and tokens; some tiles whole and some cut along K."""
+    for i, dtype in enumerate(OPERANDS):
+        kernel = cuda.kernels(CUDA_DTYPES[dtype])[number]
+        m = min(kernel.tokens, 29) if kernel.family == "decode" else kernel.tokens + 13
+        n, k = (200, 136) if kernel.family == "decode" else (kernel.rows + 37, 4 * fragments.block_k(dtype) - 16)
+        layout, x = weight(n, k, dtype, scale=True), tokens(m, k, dtype)
+        for streamed in (0, 3)[i % 2 :: 2]:
+            how = forced(number, m, n, k, dtype, workers=3 - i % 2, streamed=streamed)
+            out = OPERANDS[i] if i < 2 else torch.float32
+            with poisoned():
+                y = cuda.mm(layout, x, None, "none", out=out, how=how)
+            assert error(y, x.double() @ dense_of(layout).t()) < TOLERANCE[out], (kernel.family, dtype, streamed)
+
+
+def test_every_number_of_tokens(emulated_once: ModuleType) -> None:
+    """M = 1 .. 130 for one shape, by whatever the heuristic takes on a card of three processors."""
+    layout = weight(130, 200, torch.bfloat16)
+    x = tokens(130, 200, torch.bfloat16)
+    want = x.double() @ dense_of(layout).t()
+    families = set()
+    for m in range(1, 131):
+        how = cuda.choice(layout, x[:m])
+        families.add(cuda.kernels(1)[how.kernel].family)
+        with poisoned():
+            assert error(cuda.mm(layout, x[:m], None, "none"), want[:m]) < TOLERANCE[torch.bfloat16], m
+    assert len(families) > 1
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("number", [0, 6, 8])
+def test_epilogue(emulated_once: ModuleType, number: int, activation: str) -> None:
+    """Activations, biases of every type, scales of both sides, a residual, every type of output."""
+    for dtype, out, bias_dtype in (
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.float16, torch.bfloat16),
+        (torch.int8, torch.bfloat16, torch.float16),
+    ):
+        layout, x = weight(70, 80, dtype, scale=True), tokens(8, 80, dtype)
+        bias, x_scale = torch.randn(70).to(bias_dtype), torch.rand(8) * (0.01 if dtype == torch.int8 else 1)
+        residual = torch.randn(8, 70).to(out)
+        how = forced(number, 8, 70, 80, dtype, workers=1, streamed=0)
+        with poisoned():
+            y = cuda.mm(layout, x, bias, activation, x_scale=x_scale, residual=residual, out=out, how=how)
+        want = (x.double() @ dense_of(layout).t()) * x_scale[:, None].double() + bias.double()
+        want = ref.ACTIVATIONS[activation](want) + residual.double()
+        assert error(y, want) < 2 * TOLERANCE[out] + 1e-6
+
+
+@pytest.mark.parametrize("number", range(KERNELS))
+def test_int32_sums_are_exact(emulated_once: ModuleType, number: int) -> None:
+    layout, x = weight(90, 272, torch.int8), tokens(8, 272, torch.int8)
+    how = forced(number, 8, 90, 272, torch.int8, workers=2, streamed=2)
+    y = cuda.mm(layout, x, None, "none", out=torch.int32, how=how)
+    assert torch.equal(y.long(), (x.double() @ dense_of(layout).t()).long())
+
+
+def test_results_do_not_depend_on_the_schedule(device_module: ModuleType) -> None:
+    """Tiles that several workers share are added up in the order of K, whoever comes last."""
+    seen: dict[int, list[Tensor]] = {}
+    for schedule in SCHEDULES * (1 if len(SCHEDULES) > 1 else 4):
+        with running_on_device(device_module, schedule):
+            layout, x = weight(130, 520, torch.float16), tokens(14, 520, torch.float16)
+            for number in (4, 6, 9):
+                how = forced(number, 14, 130, 520, torch.float16, workers=4, streamed=9)
+                seen.setdefault(number, []).append(cuda.mm(layout, x, None, "none", out=torch.float32, how=how))
+    for results in seen.values():
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_rows_that_lie_anywhere(emulated: ModuleType) -> None:
+    """Strides, offsets and lengths that TMA, 16-byte and 8-byte copies cannot take."""
+    for k in (64, 36, 34, 33):
+        layout = weight(40, k, torch.bfloat16)
+        for offset in (0, 1, 2, 4):
+            wide = tokens(9, k + 19, torch.bfloat16)
+            x = wide[:, offset : offset + k]
+            assert error(cuda.mm(layout, x, None, "none"), x.double() @ dense_of(layout).t()) < 3e-3
+            assert (
+                error(cuda.mm(layout, x.t().contiguous().t(), None, "none"), x.double() @ dense_of(layout).t()) < 3e-3
+            )
+
+
+def test_through_the_public_call(emulated: ModuleType) -> None:
+    """sk.linear(backend="cuda"): forward and all gradients, batched and empty inputs."""
+    dense = torch.randn(72, 96)
+    w = sk.to_sparse_semi_structured(dense.to(torch.bfloat16), prune=True)
+    x = torch.randn(2, 5, 96).to(torch.bfloat16)
+    bias = torch.randn(72, dtype=torch.bfloat16)
+    y = sk.linear(x, w, bias, "gelu", backend="cuda")
+    assert_close(y, sk.linear(x, w, bias, "gelu", backend="ref"))
+    assert sk.linear(x[:0], w, backend="cuda").shape == (0, 5, 72)
+    layer = sk.SparseLinear.from_dense(torch.nn.Linear(96, 72).to(torch.bfloat16), format="sp24", prune=True)
+    grads = {}
+    for backend in ("cuda", "ref"):
+        given = x.clone().requires_grad_()
+        layer.zero_grad()
+        layer.backend = backend
+        layer(given).float().square().sum().backward()
+        grads[backend] = [given.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+    assert len(grads["cuda"]) == 3
+    for got, want in zip(grads["cuda"], grads["ref"], strict=True):
+        assert_close(got, want)
+
+
+def test_fragments_follow_the_values(emulated: ModuleType) -> None:
+    layout, x = weight(64, 64, torch.bfloat16), tokens(4, 64, torch.bfloat16)
+    before = cuda.mm(layout, x, None, "none")
+    kept = cuda.packed(layout).data_ptr()
+    layout.values.mul_(2)
+    assert torch.equal(cuda.mm(layout, x, None, "none"), before * 2)
+    assert cuda.packed(layout).data_ptr() == kept  # renewed in place: a CUDA graph reads the new values
+
+
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (64, 64), (65, 132), (130, 36), (7, 520)])
+def test_fragments_are_lossless(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    layout = weight(*shape, dtype)
+    packed = fragments.pack(layout)
+    rows, blocks = -(-shape[0] // 64), -(-shape[1] // fragments.block_k(dtype))
+    assert packed.shape == (rows, blocks, 4608 if dtype.itemsize == 2 else 5120)
+    values, metadata = fragments.unpack(packed, shape, dtype)
+    assert torch.equal(values.view(torch.uint8), layout.values.view(torch.uint8))
+    assert torch.equal(metadata, layout.metadata)
+
+
+def test_reasons(emulated: ModuleType) -> None:
+    x = torch.randn(4, 64)
+    assert "not torch.float32" in str(cuda.why_not("mm", weight(64, 64, torch.float32), x))
+    half = weight(64, 64, torch.float16)
+    assert "must agree" in str(cuda.why_not("mm", half, x.to(torch.bfloat16)))
+    assert cuda.why_not("mm", half, x.half()) is None
+    quantised = weight(64, 64, torch.int8, scale=True)
+    assert "no kernel but mm" in str(cuda.why_not("mm_t", quantised, x.to(torch.int8)))
+    with pytest.raises(ValueError, match="out must be one of"):
+        cuda.mm(half, x.half(), None, "none", out=torch.int32)
+
+
+def test_without_a_card() -> None:
+    x = torch.randn(4, 64, dtype=torch.float16)
+    if not torch.cuda.is_available():
+        assert cuda.why_not("mm", weight(64, 64, torch.float16), x) == "torch sees no CUDA device"
+        w = sk.to_sparse_semi_structured(torch.randn(8, 64).half(), prune=True)
+        with pytest.raises(NotImplementedError, match="has no such backend on cpu tensors"):
+            sk.linear(x, w, backend="cuda")
+
+
+@pytest.mark.parametrize("card", [80, 86, 89, 90, 100, 120])
+def test_every_choice_is_legal(device_module: ModuleType, card: int) -> None:
+    """A grid of shapes: there is always a choice, it fits the card, and its work is dealt out completely."""
+    shared = config.SHARED[card] * 1024
+    for dtype in (1, 3):
+        kernels = [config.Kernel(*row) for row in device_module.sp24_kernels(dtype)]
+        for m in (1, 7, 16, 17, 64, 65, 128, 500, 2048, 16384):
+            for n in (1, 64, 4096, 14336):
+                for k_blocks in (1, 3, 64, 216):
+                    for processors in (1, 24, 108, 132):
+                        for aligned in (True, False):
+                            options = {"capability": card, "processors": processors, "aligned": aligned}
+                            found = config.candidates(kernels, m, n, k_blocks, **options)
+                            assert found
+                            for choice in found:
+                                kernel = kernels[choice.kernel]
+                                assert kernel.shared_bytes <= shared
+                                assert kernel.family != "mm_sm90" or (card == 90 and aligned)
+                                assert kernel.family != "decode" or m <= kernel.tokens
+                                assert 1 <= choice.workers * kernel.cluster <= max(processors, kernel.cluster)
+                                assert 0 <= choice.streamed <= choice.tiles
+                                assert choice.tiles * kernel.rows * kernel.tokens >= n * m or kernel.family == "decode"
+
+
+def test_choices_of_a_hopper(device_module: ModuleType) -> None:
+    kernels = [config.Kernel(*row) for row in device_module.sp24_kernels(1)]
+
+    def family(m: int, n: int, k: int) -> str:
+        found = config.candidates(kernels, m, n, k // 64, capability=90, processors=132, aligned=True)
+        return kernels[found[0].kernel].family
+
+    assert {family(m, 8192, 8192) for m in (1, 4, 16)} == {"decode"}
+    assert {family(m, n, k) for m in (256, 2048, 8192) for n, k in ((4096, 4096), (14336, 4096))} == {"mm_sm90"}
