@@ -50,7 +50,7 @@ def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 def mm_t(w: Rows, dy: Tensor) -> Tensor:
     """dX = dY W: dy [M, N] -> [M, K]."""
     gather, crow, col = _transposed(w)
-    # The values in the order of columns: bytes of a read and a write, where the kernel would gather them for each strip.
+    # The values in the order of columns: a read and a write of them, where the kernel would gather for each strip.
     values = w.values.index_select(0, gather)
     return mm(DerivedRows(values, crow, col, (w.shape[1], w.shape[0])), dy, None, "none")
 
@@ -88,8 +88,8 @@ def sddmm(w: Rows, dy: Tensor, x: Tensor) -> Tensor:
         m,
         n,
         k,
-        panels[0].data_ptr(),
-        panels[1].data_ptr(),
+        panels[0].pointer,
+        panels[1].pointer,
         sums.data_ptr(),
         splits,
         stream,
@@ -111,7 +111,7 @@ def _mm(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: in
     items = _items(w, rows_per, warps, strips, workers)
     order = _order(w, rows_per, warps)
     partials, counters = workspace(x, items.slots * strips * rows * tokens, items.counters * strips)
-    panels = _panels(x) if values.shape[0] else x  # no nonzero: it is not read
+    panels = _panels(x) if values.shape[0] else None  # no nonzero: nothing is read
     module.csr_mm(
         kernel,
         dtype,
@@ -125,7 +125,7 @@ def _mm(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: in
         m,
         n,
         k,
-        panels.data_ptr(),
+        0 if panels is None else panels.pointer,
         y.data_ptr(),
         n,
         bias,
@@ -180,12 +180,18 @@ def _strip(x: Tensor) -> int:
     return 128 // x.element_size()
 
 
-def _panels(x: Tensor) -> Tensor:
+class _Panels(NamedTuple):
+    memory: Tensor
+    pointer: int  # a multiple of 16 in it
+
+
+def _panels(x: Tensor) -> _Panels:
     """X [M, K] as panels [ceil(M / strip), K, strip] (csrc/csr/panels.cuh)."""
     x = unit_rows(x)
     m, columns = x.shape
-    panels = x.new_empty(-(-m // _strip(x)) * columns * _strip(x))
-    cuda().csr_panels(DTYPES[x.dtype], x.data_ptr(), x.stride(0), m, columns, panels.data_ptr(), stream_of(x))
+    memory = x.new_empty(-(-m // _strip(x)) * columns * _strip(x) + 16 // x.element_size())
+    panels = _Panels(memory, memory.data_ptr() + -memory.data_ptr() % 16)
+    cuda().csr_panels(DTYPES[x.dtype], x.data_ptr(), x.stride(0), m, columns, panels.pointer, stream_of(x))
     return panels
 
 
@@ -211,9 +217,7 @@ def _topology(w: Rows) -> _Topology:
     def make() -> _Topology:
         width = cuda().csr_slice_columns()
         slices = -(-k // width)
-        row = torch.repeat_interleave(
-            torch.arange(n, device=col.device), crow.diff().long(), output_size=col.shape[0]
-        )
+        row = torch.repeat_interleave(torch.arange(n, device=col.device), crow.diff().long(), output_size=col.shape[0])
         counts = torch.bincount(row * slices + col // width, minlength=n * slices)
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         return _Topology(_padded(_short(col % width * 128)), starts, slices)
@@ -340,9 +344,7 @@ def _transposed(w: Rows) -> _Transposed:
 
     def make() -> _Transposed:
         gather = col.argsort(stable=True)
-        row = torch.repeat_interleave(
-            torch.arange(n, device=col.device), crow.diff().long(), output_size=col.shape[0]
-        )
+        row = torch.repeat_interleave(torch.arange(n, device=col.device), crow.diff().long(), output_size=col.shape[0])
         counts = torch.bincount(col, minlength=k)
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         return _Transposed(gather, starts, row[gather].to(torch.int32))

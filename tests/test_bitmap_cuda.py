@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from unittest import mock
 
@@ -11,37 +12,30 @@ from torch import Tensor
 
 from sparsekern.bitmap import Bitmap, cuda, fragments, pack
 from sparsekern.ref import ACTIVATIONS
-from sparsekern.testing import TOLERANCE
+from sparsekern.testing import TOLERANCE, poisoned, random_dense, random_weight
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """new_empty hands out NaN, so that an element that no kernel writes is seen."""
-    real = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        made = real(self, *args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+def poisoned_outputs() -> Iterator[None]:
+    """What no kernel writes is NaN, and bands around every output are checked."""
+    with poisoned():
+        yield
 
 
 def weight(n: int, k: int, sparsity: float, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator().manual_seed(n + k)
-    w = torch.randn(n, k, generator=generator) * (torch.rand(n, k, generator=generator) >= sparsity)
+    w = random_weight("bitmap", n, k, dtype, 1 - sparsity, seed=n + k)
     w[n // 2 : n // 2 + 2] = 0  # empty rows
-    return w.to(dtype)
+    return w
 
 
 def view(m: int, columns: int, dtype: torch.dtype, seed: int, left: int = 3) -> Tensor:
     """Rows that are longer than `columns` and do not begin at the allocation, with NaN around them."""
     wide = torch.full((m, columns + 8), float("nan"), dtype=dtype)
-    inside = slice(left, columns + left)
-    wide[:, inside] = torch.randn(m, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return wide[:, inside]
+    wide[:, left : columns + left] = random_dense(m, columns, dtype=dtype, seed=seed)
+    return wide[:, left : columns + left]
 
 
 def assert_near(got: Tensor, want: Tensor) -> None:
@@ -54,7 +48,7 @@ def check_products(w: Tensor, m: int, bias: bool = True, activation: str = "none
     layout, dense, dtype = pack(w), w.double(), w.dtype
     n, k = w.shape
     x, dy = view(m, k, dtype, 1, left), view(m, n, dtype, 2)
-    b = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(dtype) if bias else None
+    b = random_dense(n, dtype=dtype, seed=3) if bias else None
     want = x.double() @ dense.t() + (b.double() if b is not None else 0)
     assert_near(cuda.mm(layout, x, b, activation), ACTIVATIONS[activation](want))
     assert_near(cuda.mm_t(layout, dy), dy.double() @ dense)
@@ -108,7 +102,7 @@ def test_products(emulated: ModuleType, m: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("processors", [1, 3, 40])
 def test_streams(emulated: ModuleType, sparsity: float, processors: int) -> None:
     """Full and empty tiles; workers that begin and end inside of rows of tiles."""
-    with mock.patch.object(cuda, "multiprocessors", lambda device: processors):
+    with mock.patch.object(cuda, "multiprocessors", return_value=processors):
         check_products(weight(200, 1000, sparsity), 3)
 
 
@@ -118,23 +112,20 @@ def test_shapes(emulated: ModuleType, shape: tuple[int, int], m: int) -> None:
     check_products(weight(*shape, 0.5), m, bias=m != 5)
 
 
-@pytest.mark.parametrize("emulated", ["random 2"], indirect=True)
 @pytest.mark.parametrize("left", range(8))
 @pytest.mark.parametrize("k", [63, 64, 66, 68])
-def test_alignments(emulated: ModuleType, k: int, left: int) -> None:
+def test_alignments(emulated_once: ModuleType, k: int, left: int) -> None:
     check_products(weight(30, k, 0.5), 4, left=left)
 
 
-@pytest.mark.parametrize("emulated", ["ascending"], indirect=True)
 @pytest.mark.parametrize("m", range(0, 67))
-def test_every_token_count(emulated: ModuleType, m: int) -> None:
+def test_every_token_count(emulated_once: ModuleType, m: int) -> None:
     check_products(weight(40, 70, 0.6), m)
 
 
-@pytest.mark.parametrize("emulated", ["random 1"], indirect=True)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("m", [2, 70])
-def test_activations(emulated: ModuleType, activation: str, m: int) -> None:
+def test_activations(emulated_once: ModuleType, activation: str, m: int) -> None:
     check_products(weight(35, 100, 0.6), m, activation=activation)
 
 
@@ -144,8 +135,7 @@ def test_fp32(emulated: ModuleType, m: int) -> None:
     check_products(weight(70, 300, 0.5, torch.float32), m)
 
 
-@pytest.mark.parametrize("emulated", ["descending"], indirect=True)
-def test_every_kernel(emulated: ModuleType) -> None:
+def test_every_kernel(emulated_once: ModuleType) -> None:
     """Each of the list on a weight with one full tile among sparse ones."""
     w = weight(130, 200, 0.7)
     w[:64, 32:64] = 1.5
@@ -153,11 +143,11 @@ def test_every_kernel(emulated: ModuleType) -> None:
     want = x.double() @ w.double().t()
     for number, kernel in enumerate(cuda.kernels(1)):
         m = kernel.tokens
-        with mock.patch.object(cuda, "_choice", lambda *_, n=number, k=kernel: (n, k, 3)):
+        with mock.patch.object(cuda, "_choice", return_value=(number, kernel, 3)):
             assert_near(cuda.mm(layout, x[:m], None, "none"), want[:m])
 
 
-def test_new_values_are_seen(emulated: ModuleType) -> None:
+def test_new_values_are_seen(emulated_once: ModuleType) -> None:
     """The records follow the values' version, in the memory that a captured graph knows."""
     w = weight(70, 100, 0.5)
     layout, x = pack(w), view(3, 100, torch.bfloat16, 1)
@@ -168,10 +158,13 @@ def test_new_values_are_seen(emulated: ModuleType) -> None:
     assert cuda._packed(layout).records.data_ptr() == before
 
 
-def test_cards_with_less_shared_memory(emulated: ModuleType) -> None:
+def test_cards_with_less_shared_memory(emulated_once: ModuleType) -> None:
     """Consumer cards: another kernel, and the dense product where none fits."""
     layout = pack(weight(70, 100, 0.0))
-    with mock.patch.object(cuda, "emulating", lambda: False), mock.patch.object(cuda, "capability", lambda device: 89):
+    with (
+        mock.patch.object(cuda, "emulating", return_value=False),
+        mock.patch.object(cuda, "capability", return_value=89),
+    ):
         small = cuda._choice(layout, 16, layout.device)
         assert small is not None
         assert small[1].shared(4352) <= 99 * 1024
@@ -179,7 +172,7 @@ def test_cards_with_less_shared_memory(emulated: ModuleType) -> None:
         check_products(weight(70, 100, 0.4), 20)
 
 
-def test_why_not(emulated: ModuleType) -> None:
+def test_why_not(emulated_once: ModuleType) -> None:
     layout = pack(weight(4, 4, 0.5))
     assert cuda.why_not("mm", layout, torch.ones(1, 4).bfloat16()) is None
     assert "must agree" in str(cuda.why_not("mm", layout, torch.ones(1, 4)))

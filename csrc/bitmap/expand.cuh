@@ -54,7 +54,8 @@ bitmap_expand(SK_PARAM Expand p) {
                 Vec4 words[sizeof(Element) / 2];
                 memcpy(words, out, sizeof(out));
                 SK_UNROLL
-                for (int i = 0; i < static_cast<int>(sizeof(Element) / 2); ++i) reinterpret_cast<Vec4*>(to)[i] = words[i];
+                for (int i = 0; i < static_cast<int>(sizeof(Element) / 2); ++i)
+                    reinterpret_cast<Vec4*>(to)[i] = words[i];
             } else {
                 SK_UNROLL
                 for (int j = 0; j < 8; ++j) {

@@ -1,4 +1,5 @@
-// Fragment order of a bitmap weight: what a lane needs, in the order in which it needs it (sparsekern/bitmap/fragments.py).
+// Fragment order of a bitmap weight: what a lane needs, in the order in which it needs it
+// (sparsekern/bitmap/fragments.py).
 //
 // W is cut into tiles of 64 rows x 32 columns, contiguous along K, each a record of as many bytes as its nonzeros need.
 // A tile has two steps s of 16 columns; in a step, with g = lane / 4 and t = lane % 4, lane l owns 32 weights: those of

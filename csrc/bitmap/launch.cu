@@ -37,8 +37,13 @@ T* pointer(uint64_t address) {
 
 template <bool kToDense>
 void expand(const ExpandCall& c) {
-    const Expand p{pointer<char>(c.values), pointer<const uint8_t>(c.bits), pointer<const int64_t>(c.offsets),
-                   pointer<char>(c.dense),  c.n, c.k, (c.k + 7) / 8};
+    const Expand p{pointer<char>(c.values),
+                   pointer<const uint8_t>(c.bits),
+                   pointer<const int64_t>(c.offsets),
+                   pointer<char>(c.dense),
+                   c.n,
+                   c.k,
+                   (c.k + 7) / 8};
     constexpr int kRows = kExpandThreads / 32;
     const device::Shape shape{static_cast<unsigned>((c.n + kRows - 1) / kRows), 1, kExpandThreads, 0};
     if (device::bytes_of(static_cast<Type>(c.type)) == 4) {
@@ -54,7 +59,8 @@ std::vector<KernelInfo> kernels(int type) {
     std::vector<KernelInfo> all;
     with_type(type, [&]<Type T>() {
         Kernels<T>::each([&]<class C>(int) {
-            all.push_back({C::kTokens, C::kWarps, C::kBlocks, C::shared_bytes(0), C::shared_bytes(1) - C::shared_bytes(0)});
+            all.push_back(
+                {C::kTokens, C::kWarps, C::kBlocks, C::shared_bytes(0), C::shared_bytes(1) - C::shared_bytes(0)});
         });
     });
     return all;

@@ -6,9 +6,9 @@
 // the registers of mma.m16n8k16. A stage has room for the longest record of this very weight. At the end of a row block
 // the warps' sums are added in their order, and the parts of several workers by add_parts.
 //
-// 1024 weights cost about 32 loads of 2 bytes, 12 exchanges and 150 other instructions of a warp: some 70 cycles of an SM;
-// at density 0.5 the memory of an H100 needs 77 cycles for them, at 0.3 it needs 50. One token costs what eight do: the
-// rest of its slice is filled with zeros that are not read.
+// 1024 weights cost about 32 loads of 2 bytes, 12 exchanges and 150 other instructions of a warp: some 70 cycles of an
+// SM; at density 0.5 the memory of an H100 needs 77 cycles for them, at 0.3 it needs 50. One token costs what eight do:
+// the rest of its slice is filled with zeros that are not read.
 #pragma once
 #include "../device/epilogue.h"
 #include "../device/mma.h"
@@ -46,7 +46,8 @@ struct MmTile {
     static_assert(kTokens * kTileRows % kThreads == 0 && kStages >= 2);
 };
 
-// 32 columns of the tokens, 64 bytes each; 16-byte chunk c of token t lies at c ^ t / 2 % 4: ldmatrix meets no conflict.
+// 32 columns of the tokens, 64 bytes each; 16-byte chunk c of token t lies at c ^ t / 2 % 4: ldmatrix meets no
+// conflict.
 template <int kTokens>
 SK_DEVICE void copy_tokens(const Mm& p, uint32_t to, int kb, uint32_t lane) {
     using namespace device;

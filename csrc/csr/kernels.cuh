@@ -6,8 +6,8 @@
 namespace sk::csr {
 
 // MmTile<rows of a subwarp, warps, stages>, SddmmTile (the same), MvTile<tokens>: each for fp32, bf16,
-// fp16. A kernel's number is its place in its list. Many rows share a slice of X, or few do: where rows are dense, where
-// there is little work, and on cards whose blocks have less than 100 KB of shared memory.
+// fp16. A kernel's number is its place in its list. Many rows share a slice of X, or few do: where rows are dense,
+// where there is little work, and on cards whose blocks have less than 100 KB of shared memory.
 #define SK_CSR_MM(X) X(8, 16, 2) X(2, 8, 1)
 #define SK_CSR_SDDMM(X) X(8, 16, 2) X(2, 8, 1)
 #define SK_CSR_MV(X) X(1) X(4)

@@ -1,9 +1,10 @@
 // csr_mv: Y = epilogue(X W^T) for at most four tokens, bound by the weight's bytes.
 //
-// A subwarp of 8 lanes takes a unit (a row, or a part of a long one), 4 nonzeros a lane at once, two such steps on their
-// way. X lies in shared memory as floats, the tokens of a column together, as long as it fits: a gather from there costs
-// 3 cycles for 32 nonzeros on average, which are 128 bytes of 16-bit values and columns or 8 cycles of an H100's memory;
-// through the first-level cache it would cost a lookup for every nonzero. A block of 16 warps has 64 KB on their way.
+// A subwarp of 8 lanes takes a unit (a row, or a part of a long one), 4 nonzeros a lane at once, two such steps on
+// their way. X lies in shared memory as floats, the tokens of a column together, as long as it fits: a gather from
+// there costs 3 cycles for 32 nonzeros on average, which are 128 bytes of 16-bit values and columns or 8 cycles of an
+// H100's memory; through the first-level cache it would cost a lookup for every nonzero. A block of 16 warps has 64 KB
+// on their way.
 #pragma once
 #include "mm.cuh"
 

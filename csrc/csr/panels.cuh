@@ -5,8 +5,9 @@
 //   bytes       the copy reads and writes X once: 16 MB, 5 us. Without it every block that holds a slice of X in shared
 //               memory has to transpose it on its way: with 512 rows a block that is 8 times 2 M elements.
 //   operations  a block meets a slice's element R * density times (R rows a block: 51 at R = 512), and each time takes
-//               a 128-byte row of it at the full rate of shared memory, 1 row a cycle: 32 of 128 possible fp32 multiply-
-//               adds a cycle, 64 with 16-bit types. From the second-level cache (24 bytes a cycle and SM) it would be 6.
+//               a 128-byte row of it at the full rate of shared memory, 1 row a cycle: 32 of 128 possible fp32
+//               multiply- adds a cycle, 64 with 16-bit types. From the second-level cache (24 bytes a cycle and SM) it
+//               would be 6.
 // A slice of a panel is contiguous, so it travels by 16-byte cp.async, and neither its store nor its loads meet a bank
 // conflict. The tokens that fill up the last strip are zeros.
 #pragma once

@@ -2,8 +2,8 @@
 //
 // A block takes a group of rows and a slice of 512 columns of X, and walks the strips of tokens (a share of them where
 // groups and slices are too few for the machine). For each strip the slice lies in shared memory; a subwarp of 8 lanes
-// keeps its row's 128 bytes of dY in registers, 16 a lane, and multiplies them with the panel's row of every nonzero. Eight
-// sums at a time are added across the eight lanes in 7 exchanges, after which lane j has the sum of nonzero j: it
+// keeps its row's 128 bytes of dY in registers, 16 a lane, and multiplies them with the panel's row of every nonzero.
+// Eight sums at a time are added across the eight lanes in 7 exchanges, after which lane j has the sum of nonzero j: it
 // alone adds it to the running sum in memory, so nothing needs an atomic and results do not depend on any order.
 // 8 nonzeros in each of 4 rows: 32 loads of 1 cycle, 7 exchanges, 2 accesses of the running sums.
 #pragma once

@@ -77,7 +77,7 @@ def sddmm(layout: Bitmap, dy: Tensor, x: Tensor) -> Tensor:
 def _decode(
     layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str, number: int, kernel: Kernel, workers: int
 ) -> Tensor:
-    (n, k), m, dtype = layout.shape, x.shape[0], DTYPES[x.dtype]
+    n, m, dtype = layout.shape[0], x.shape[0], DTYPES[x.dtype]
     x, y, bias = word_rows(unit_rows(x)), x.new_empty(m, n), known_bias(bias)
     packed = _packed(layout)
     row_blocks = -(-n // fragments.TILE_ROWS)

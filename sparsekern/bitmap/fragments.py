@@ -1,7 +1,7 @@
 """Fragment order: bitmap as NVIDIA's tensor cores take it (csrc/bitmap/fragments.cuh). Derived, cached, never saved.
 
-W is cut into tiles of 64 rows x 32 columns, contiguous along K, each a record of 256 bytes of bits and as many values as
-it has, filled up to a multiple of 16 bytes. Packing is a permutation, so it is lossless and needs no kernel.
+W is cut into tiles of 64 rows x 32 columns, contiguous along K, each a record of 256 bytes of bits and as many values
+as it has, filled up to a multiple of 16 bytes. Packing is a permutation, so it is lossless and needs no kernel.
 """
 
 from __future__ import annotations
