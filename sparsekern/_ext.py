@@ -182,7 +182,10 @@ def word_rows(x: torch.Tensor) -> torch.Tensor:
     size = x.element_size()
     if (x.data_ptr() | x.stride(0) * size | x.shape[1] * size) % 4 == 0:
         return x
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % (16 // size)))
+    m, k = x.shape
+    rows = x.new_zeros(m, k + -k % (16 // size))  # functional.pad might keep the odd stride of a single row
+    rows[:, :k] = x
+    return rows
 
 
 def known_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
