@@ -174,6 +174,20 @@ def unit_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_contiguous() or x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
+def word_rows(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy whose rows begin and end at multiples of 4 bytes, as the GPU's copies to shared memory need.
+
+    The columns that it has more are zeros: less than 16 bytes of them, up to a multiple of 16.
+    """
+    size = x.element_size()
+    if (x.data_ptr() | x.stride(0) * size | x.shape[1] * size) % 4 == 0:
+        return x
+    m, k = x.shape
+    rows = x.new_zeros(m, k + -k % (16 // size))  # functional.pad might keep the odd stride of a single row
+    rows[:, :k] = x
+    return rows
+
+
 def known_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
     """A bias as the kernels read it: contiguous, of a type that they know."""
     if bias is None or (bias.dtype in DTYPES and bias.is_contiguous()):

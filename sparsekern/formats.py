@@ -31,8 +31,8 @@ FORMATS = {
     for f in (
         Format(sp24.Sp24, sp24.pack, {"cpu": ("host",), "cuda": ("cuda",)}),
         Format(bsr.Bsr, bsr.pack, {"cpu": ("host",), "cuda": ("triton",)}),
-        Format(csr.Csr, csr.pack, {"cpu": ("host",)}),
-        Format(bitmap.Bitmap, bitmap.pack, {"cpu": ("host",)}),
+        Format(csr.Csr, csr.pack, {"cpu": ("host",), "cuda": ("cuda",)}),
+        Format(bitmap.Bitmap, bitmap.pack, {"cpu": ("host",), "cuda": ("cuda",)}),
     )
 }
 

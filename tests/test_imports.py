@@ -18,10 +18,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Low to high; a module imports only from its own row (inside a format: see below) or from lower ones.
 ROWS = (
-    {"_sources", "_ext", "_plan", "_rows", "layout", "tune", "heuristic", "patterns"},
+    {"_sources", "_ext", "_plan", "_rows", "_workspace", "layout", "tune", "heuristic", "patterns"},
     {"formats/layout"},
     {"formats/pack"},
-    {"_rows"},
+    {"_rows", "_rows_cuda"},
     {"formats/package", "ref"},
     {"formats/launcher", "formats"},
     {"dispatch"},

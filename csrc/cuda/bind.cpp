@@ -10,6 +10,8 @@
 
 namespace py = pybind11;
 
+void bind_bitmap_cuda(py::module_& m);
+void bind_csr_cuda(py::module_& m);
 void bind_sp24_cuda(py::module_& m);
 void bind_probes(py::module_& m);  // tests/emulator
 
@@ -29,5 +31,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("sources") = uint64_t{SK_SOURCES};
     m.attr("archs") = SK_ARCHS;
 #endif
+    bind_bitmap_cuda(m);
+    bind_csr_cuda(m);
     bind_sp24_cuda(m);
 }

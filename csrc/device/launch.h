@@ -8,8 +8,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 #endif
 
@@ -31,13 +31,13 @@ void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape,
     int device = 0;
     must(cudaGetDevice(&device), name);
     static std::mutex mutex;
-    static std::set<std::pair<const void*, int>> ready;
+    static std::map<std::pair<const void*, int>, size_t> ready;  // how much shared memory was asked for
     const std::pair<const void*, int> key{reinterpret_cast<const void*>(kernel), device};
-    if (const std::lock_guard lock(mutex); !ready.count(key)) {
+    if (const std::lock_guard lock(mutex); ready[key] < shape.shared_bytes) {
         must(cudaFuncSetAttribute(key.first, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(shape.shared_bytes)),
              name);
-        ready.insert(key);
+        ready[key] = shape.shared_bytes;
     }
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;

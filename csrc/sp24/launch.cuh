@@ -27,8 +27,9 @@ Mm mm_parameters(const MmCall& c) {
     p.x_align = all % 16 == 0 ? 16 : all % 8 == 0 ? 8 : 4;
     if (all % 4) throw std::runtime_error("sp24_mm: every row of x must begin and end at a multiple of 4 bytes");
     p.streamed = c.streamed;
-    const int64_t units = int64_t{c.streamed ? c.streamed : p.row_blocks} * p.k_blocks;
-    if ((units + 1) * (c.workers + 1) > INT32_MAX) throw std::runtime_error("sp24_mm: too much work for one launch");
+    if (!device::fits(c.streamed ? c.streamed : p.row_blocks, p.k_blocks, c.workers)) {
+        throw std::runtime_error("sp24_mm: too much work for one launch");
+    }
     p.partials = reinterpret_cast<void*>(c.partials);
     p.counters = reinterpret_cast<uint32_t*>(c.counters);
     p.epilogue = {reinterpret_cast<const float*>(c.w_scale),

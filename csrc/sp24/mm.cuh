@@ -1,6 +1,7 @@
 // What every sp24 matrix product is told, and how its work is dealt out: Y[M, N] = epilogue(X[M, K] W[N, K]^T).
 #pragma once
 #include "../device/epilogue.h"
+#include "../device/parts.h"
 #include "fragments.cuh"
 
 namespace sk::sp24 {
@@ -36,55 +37,8 @@ SK_DEVICE Tile tile_at(int i, int row_tiles, int token_tiles) {
     return {inside / width, first + inside % width};
 }
 
-// A worker's share of a tile: blocks [begin, end) of K.
-struct Piece {
-    int tile, begin, end;
-};
-
-// The pieces of one worker: a cluster of kCluster thread blocks. It holds no more than its place, because registers are
-// scarce in the kernels; all else comes from the parameters again. 32-bit numbers: launch.cuh refuses work whose blocks
-// times workers exceed them.
-template <int kCluster>
-class Pieces {
-public:
-    SK_DEVICE Pieces(const Mm& p, int tiles)
-        : tiles_(tiles), next_(p.streamed + worker()), unit_(begin_of(p, worker())) {}
-
-    SK_DEVICE bool take(const Mm& p, Piece& piece) {
-        const int end = begin_of(p, worker() + 1);
-        if (unit_ < end) {
-            const int tile = unit_ / p.k_blocks, begin = unit_ - tile * p.k_blocks, left = end - unit_;
-            piece = {tile, begin, left < p.k_blocks - begin ? begin + left : p.k_blocks};
-            unit_ += piece.end - begin;
-            return true;
-        }
-        if (next_ < tiles_) {
-            piece = {next_, 0, p.k_blocks};
-            next_ += grid_workers();
-            return true;
-        }
-        return false;
-    }
-
-    SK_DEVICE static int worker() { return device::block_x() / kCluster; }
-
-    // The first streamed block of K of a worker, numbered through all tiles; that of the next one is its end.
-    SK_DEVICE static int begin_of(const Mm& p, int worker) {
-        const int units = p.streamed * p.k_blocks, sharing = units < grid_workers() ? units : grid_workers();
-        return worker < sharing ? units * worker / sharing : units;
-    }
-
-    // The worker that has a streamed block: the w with begin_of(w) <= unit < begin_of(w + 1).
-    SK_DEVICE static int owner(const Mm& p, int unit) {
-        const int units = p.streamed * p.k_blocks, sharing = units < grid_workers() ? units : grid_workers();
-        return ((unit + 1) * sharing - 1) / units;
-    }
-
-private:
-    SK_DEVICE static int grid_workers() { return device::grid_x() / kCluster; }
-
-    int tiles_, next_, unit_;
-};
+using device::Piece;
+using device::Pieces;
 
 // Adds up the parts of a tile in the kThreads threads that hold one part's accumulators (one of kGroups such groups of
 // the worker). Returns whether this was the last part to come, which then holds the sum. `flag` is a word of shared
@@ -92,36 +46,14 @@ private:
 template <int kCount, int kThreads, int kCluster, int kGroups, class Acc>
 SK_DEVICE bool add_parts(const Mm& p, const Piece& piece, int group, Acc* acc, uint32_t thread, uint32_t* flag,
                          uint32_t barrier) {
-    using Workers = Pieces<kCluster>;
     if (piece.begin == 0 && piece.end == p.k_blocks) return true;
-    const int first = Workers::owner(p, piece.tile * p.k_blocks);
-    const int last = Workers::owner(p, piece.tile * p.k_blocks + p.k_blocks - 1);
-    // A worker has at most one part that begins its tile (slot 1) and one that does not (slot 0).
-    const auto slot = [&](int worker) {
-        const int which = 2 * worker + (worker == first);
-        return static_cast<Acc*>(p.partials) + (int64_t{which} * kGroups + group) * kCount * kThreads + thread;
+    const auto sharers = device::Sharers::of<kCluster>(p, piece);
+    const auto slot = [&](int part) {
+        const int64_t place = int64_t{sharers.slot(part)} * kGroups + group;
+        return static_cast<Acc*>(p.partials) + place * kCount * kThreads + thread;
     };
-    Acc* mine = slot(Workers::worker());
-    SK_UNROLL
-    for (int i = 0; i < kCount; ++i) mine[i * kThreads] = acc[i];
-    uint32_t* counter = p.counters + piece.tile * kGroups + group;
-    device::sync_named(barrier, kThreads);
-    if (thread == 0) *flag = device::announce(counter);
-    device::sync_named(barrier, kThreads);
-    if (*flag != static_cast<uint32_t>(last - first)) return false;
-    if (thread == 0) *counter = 0;
-    SK_UNROLL
-    for (int i = 0; i < kCount; ++i) acc[i] = 0;
-    SK_NO_UNROLL
-    for (int worker = first; worker <= last; ++worker) {
-        const Acc* part = slot(worker);
-        SK_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-            if (i % 16 == 0) device::keep_order();  // not all loads at once: they would need registers
-            acc[i] += device::load_announced(part + i * kThreads);
-        }
-    }
-    return true;
+    return device::add_parts<kCount, kThreads>(slot, Pieces<kCluster>::worker() - sharers.first, sharers.parts(),
+                                               p.counters + piece.tile * kGroups + group, acc, thread, flag, barrier);
 }
 
 // The linear part of the epilogue for a warp's sums of 16 rows (a D fragment, kTokens wide), in their registers.

@@ -19,8 +19,10 @@ from .._ext import (
     stream_of,
     unit_rows,
     why_not_cuda,
+    word_rows,
 )
 from .._plan import plan
+from .._workspace import workspace
 from ..ref import out_dtype
 from . import fragments
 from .config import Choice, Kernel, candidates
@@ -70,7 +72,7 @@ def mm(
         return y
     if k == 0:
         raise NotImplementedError("a weight without columns has no CUDA kernel")
-    x = _readable(unit_rows(x))
+    x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
     how = how or choice(layout, x)
     kernel = kernels(CUDA_DTYPES[dtype])[how.kernel]
     scratch = _scratch(x, kernel, how)
@@ -147,45 +149,7 @@ def _choice(dtype: int, m: int, n: int, k_blocks: int, card: int, processors: in
     return candidates(kernels(dtype), m, n, k_blocks, capability=card, processors=processors, aligned=aligned)[0]
 
 
-def _readable(x: Tensor) -> Tensor:
-    """x, or a copy whose rows begin and end at multiples of 4 bytes, as the copies to shared memory need.
-
-    The columns that it has more are zeros, and inside of the weight's last block.
-    """
-    size = x.element_size()
-    if (x.data_ptr() | x.stride(0) * size | x.shape[1] * size) % 4 == 0:
-        return x
-    more = -x.shape[1] % (16 // size)
-    return torch.nn.functional.pad(x, (0, more))
-
-
 def _scratch(x: Tensor, kernel: Kernel, how: Choice) -> tuple[Tensor, Tensor]:
-    """Partial sums, and counters that every launch leaves at zero: one set for each stream, grown when needed.
-
-    A call belongs to one stream, so calls that share a set follow each other.
-    """
+    """Partial sums, and counters that every launch leaves at zero."""
     words = kernel.partial_words * how.workers if how.streamed else 0
-    return _workspace(x.device, stream_of(x)).get(words, kernel.counters * how.tiles)
-
-
-class _Workspace:
-    """Outgrown memory is kept: a CUDA graph may have been captured with it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.partials = torch.empty(0, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(4096, dtype=torch.int32, device=device)
-        self.outgrown: list[Tensor] = []
-
-    def get(self, words: int, counters: int) -> tuple[Tensor, Tensor]:
-        if words > self.partials.numel():
-            self.outgrown.append(self.partials)
-            self.partials = self.partials.new_empty(words)
-        if counters > self.counters.numel():
-            self.outgrown.append(self.counters)
-            self.counters = self.counters.new_zeros(2 * counters)
-        return self.partials, self.counters
-
-
-@cache
-def _workspace(device: torch.device, stream: int) -> _Workspace:
-    return _Workspace(device)
+    return workspace(x, words, kernel.counters * how.tiles)

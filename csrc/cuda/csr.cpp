@@ -1,0 +1,96 @@
+// csr's entries of sparsekern._cuda.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../csr/kernels.cuh"
+
+namespace py = pybind11;
+using namespace sk::csr;
+
+namespace {
+
+py::list tuples(const std::vector<TileInfo>& tiles) {
+    py::list all;
+    for (const TileInfo& t : tiles) all.append(py::make_tuple(t.rows_per, t.warps, t.rows, t.tokens, t.shared_bytes));
+    return all;
+}
+
+}  // namespace
+
+void bind_csr_cuda(py::module_& m) {
+    m.def("csr_mm_tiles", [](int type) { return tuples(mm_tiles(type)); });
+    m.def("csr_sddmm_tiles", [](int type) { return tuples(sddmm_tiles(type)); });
+    m.def("csr_slice_columns", &slice_columns);
+    m.def("csr_mv_staged_bytes", &mv_staged_bytes);
+    m.def("csr_panels", [](int type, uint64_t x, int64_t stride, int m, int columns, uint64_t panels, uint64_t stream) {
+        sk::csr::panels({type, x, panels, stream, stride, m, columns});
+    });
+    m.def("csr_mm",
+          [](int kernel, int type, uint64_t values, int64_t nnz, uint64_t offsets, uint64_t starts, uint64_t order,
+             uint64_t items, int items_count, int m, int n, int k, uint64_t panels, uint64_t y, int64_t y_stride,
+             uint64_t bias, int bias_type, int activation, uint64_t partials, uint64_t counters, uint64_t stream) {
+              mm({.kernel = kernel,
+                  .type = type,
+                  .values = values,
+                  .offsets = offsets,
+                  .starts = starts,
+                  .order = order,
+                  .items = items,
+                  .panels = panels,
+                  .partials = partials,
+                  .counters = counters,
+                  .stream = stream,
+                  .nnz = nnz,
+                  .m = m,
+                  .n = n,
+                  .k = k,
+                  .items_count = items_count,
+                  .out = {y, bias, y_stride, bias_type, activation}});
+          });
+    m.def("csr_mv", [](int kernel, int type, uint64_t values, int64_t nnz, uint64_t short_columns, uint64_t columns,
+                       uint64_t crow, uint64_t units, int units_count, uint64_t splits, int chunk, int m, int n, int k,
+                       uint64_t x, int64_t x_stride, uint64_t y, int64_t y_stride, uint64_t bias, int bias_type,
+                       int activation, int workers, uint64_t partials, uint64_t counters, uint64_t stream) {
+        mv({.kernel = kernel,
+            .type = type,
+            .values = values,
+            .short_columns = short_columns,
+            .columns = columns,
+            .crow = crow,
+            .units = units,
+            .splits = splits,
+            .x = x,
+            .partials = partials,
+            .counters = counters,
+            .stream = stream,
+            .x_stride = x_stride,
+            .nnz = nnz,
+            .m = m,
+            .n = n,
+            .k = k,
+            .units_count = units_count,
+            .chunk = chunk,
+            .workers = workers,
+            .out = {y, bias, y_stride, bias_type, activation}});
+    });
+    m.def("csr_sddmm", [](int kernel, int type, uint64_t out, int64_t nnz, uint64_t offsets, uint64_t starts,
+                          uint64_t order, int groups, int m, int n, int k, uint64_t x_panels, uint64_t dy_panels,
+                          uint64_t sums, int splits, uint64_t stream) {
+        sddmm({.kernel = kernel,
+               .type = type,
+               .offsets = offsets,
+               .starts = starts,
+               .order = order,
+               .x_panels = x_panels,
+               .dy_panels = dy_panels,
+               .sums = sums,
+               .out = out,
+               .stream = stream,
+               .nnz = nnz,
+               .m = m,
+               .n = n,
+               .k = k,
+               .groups = groups,
+               .splits = splits});
+    });
+}

@@ -1,0 +1,352 @@
+"""Launchers of the row kernels on NVIDIA GPUs (csrc/csr/*.cuh) for any weight whose values lie row by row.
+
+csr is such a weight by itself; a bitmap weight becomes one with columns derived from its bits. What depends on the
+topology alone (offsets, starts, orders, work lists) is derived once and kept beside `col` (_plan.py); the values are
+read in place. No call waits for the device, but the first one with a topology does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._ext import (
+    ACTIVATIONS,
+    DTYPES,
+    capability,
+    cuda,
+    emulating,
+    known_bias,
+    multiprocessors,
+    stream_of,
+    unit_rows,
+)
+from ._plan import plan
+from ._rows import DerivedRows, Rows
+from ._workspace import workspace
+
+MV_TOKENS = 4  # at most so many are a matrix-vector product
+_MV_CHUNK = 4096  # nonzeros of a part of a row, where a row is longer than twice that; a multiple of 4
+_FILL = 2700  # cycles that a slice of X takes from the second-level cache: what a step costs without any nonzero
+_STEP = 10  # cycles of a nonzero where one row is all that a block waits for; beside others it takes one
+
+
+def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
+    y = x.new_empty(x.shape[0], w.shape[0])
+    if y.numel() == 0:
+        return y
+    x, bias = unit_rows(x), known_bias(bias)
+    out = (y, 0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPES[bias.dtype])
+    if x.shape[0] <= MV_TOKENS:
+        _mv(w, x, *out, ACTIVATIONS[activation])
+    else:
+        _mm(w, x, *out, ACTIVATIONS[activation])
+    return y
+
+
+def mm_t(w: Rows, dy: Tensor) -> Tensor:
+    """dX = dY W: dy [M, N] -> [M, K]."""
+    gather, crow, col = _transposed(w)
+    # The values in the order of columns: a read and a write of them, where the kernel would gather for each strip.
+    values = w.values.index_select(0, gather)
+    return mm(DerivedRows(values, crow, col, (w.shape[1], w.shape[0])), dy, None, "none")
+
+
+def sddmm(w: Rows, dy: Tensor, x: Tensor) -> Tensor:
+    """dW = dY^T X at the stored positions: dy [M, N], x [M, K] -> [nnz]."""
+    (n, k), m, nnz = w.shape, x.shape[0], w.col.shape[0]
+    out = w.values.new_empty(nnz)
+    if nnz == 0:
+        return out
+    if m == 0:
+        return out.zero_()
+    module, dtype, stream = cuda(), DTYPES[x.dtype], stream_of(x)
+    topology = _topology(w)
+    strips = -(-m // _strip(x))
+    tiles = module.csr_sddmm_tiles(dtype)
+    workers = multiprocessors(x.device)
+    # Many rows share a slice of X where there are enough of them for the machine.
+    kernel = 0 if _large(x) and -(-n // tiles[0][2]) * topology.slices >= workers else 1
+    rows_per, warps, rows = tiles[kernel][:3]
+    groups = -(-n // rows)
+    splits = max(1, min(strips, workers // (groups * topology.slices)))
+    order = _order(w, rows_per, warps)
+    panels = _panels(x), _panels(dy)
+    sums = out if splits == 1 and out.dtype == torch.float32 else out.new_empty(splits, nnz, dtype=torch.float32)
+    module.csr_sddmm(
+        kernel,
+        dtype,
+        out.data_ptr(),
+        nnz,
+        topology.offsets.data_ptr(),
+        topology.starts.data_ptr(),
+        order.data_ptr(),
+        groups,
+        m,
+        n,
+        k,
+        panels[0].pointer,
+        panels[1].pointer,
+        sums.data_ptr(),
+        splits,
+        stream,
+    )
+    return out if splits == 1 else sums.sum(0).to(out.dtype)
+
+
+def _mm(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: int) -> None:
+    (n, k), m = w.shape, x.shape[0]
+    module, dtype = cuda(), DTYPES[x.dtype]
+    topology, values = _topology(w), _aligned(w.values)
+    strips = -(-m // _strip(x))
+    tiles = module.csr_mm_tiles(dtype)
+    workers = multiprocessors(x.device)
+    density = w.col.shape[0] / max(1, n * k)
+    # A slice of X that many rows share pays where rows are sparse, or where there is work enough for everybody.
+    kernel = 0 if _large(x) and (density < 0.03 or -(-n // tiles[0][2]) * strips >= workers) else 1
+    rows_per, warps, rows, tokens = tiles[kernel][:4]
+    items = _items(w, rows_per, warps, strips, workers)
+    order = _order(w, rows_per, warps)
+    partials, counters = workspace(x, items.slots * strips * rows * tokens, items.counters * strips)
+    panels = _panels(x) if values.shape[0] else None  # no nonzero: nothing is read
+    module.csr_mm(
+        kernel,
+        dtype,
+        values.data_ptr(),
+        values.shape[0],
+        topology.offsets.data_ptr(),
+        topology.starts.data_ptr(),
+        order.data_ptr(),
+        items.items.data_ptr(),
+        items.items.shape[0],
+        m,
+        n,
+        k,
+        0 if panels is None else panels.pointer,
+        y.data_ptr(),
+        n,
+        bias,
+        bias_type,
+        activation,
+        partials.data_ptr(),
+        counters.data_ptr(),
+        stream_of(x),
+    )
+
+
+def _mv(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: int) -> None:
+    (n, k), m = w.shape, x.shape[0]
+    values, units = _aligned(w.values), _units(w)
+    tokens = 1 if m == 1 else MV_TOKENS
+    partials, counters = workspace(x, units.slots * tokens, units.splits.shape[0])
+    short = plan(w.col, "csr.cuda.short", lambda: _padded(_short(w.col))) if k <= 2**16 else None
+    cuda().csr_mv(
+        0 if m == 1 else 1,
+        DTYPES[x.dtype],
+        values.data_ptr(),
+        values.shape[0],
+        0 if short is None else short.data_ptr(),
+        w.col.data_ptr(),
+        w.crow.data_ptr(),
+        units.units.data_ptr(),
+        units.units.shape[0],
+        units.splits.data_ptr(),
+        _MV_CHUNK,
+        m,
+        n,
+        k,
+        x.data_ptr(),
+        x.stride(0),
+        y.data_ptr(),
+        n,
+        bias,
+        bias_type,
+        activation,
+        max(1, min(2 * multiprocessors(x.device), -(-units.units.shape[0] // 64))),
+        partials.data_ptr(),
+        counters.data_ptr(),
+        stream_of(x),
+    )
+
+
+# What the kernels read --------------------------------------------------------------------------------------
+
+
+def _strip(x: Tensor) -> int:
+    """Tokens of a panel's strip: 128 bytes of them."""
+    return 128 // x.element_size()
+
+
+class _Panels(NamedTuple):
+    memory: Tensor
+    pointer: int  # a multiple of 16 in it
+
+
+def _panels(x: Tensor) -> _Panels:
+    """X [M, K] as panels [ceil(M / strip), K, strip] (csrc/csr/panels.cuh)."""
+    x = unit_rows(x)
+    m, columns = x.shape
+    memory = x.new_empty(-(-m // _strip(x)) * columns * _strip(x) + 16 // x.element_size())
+    panels = _Panels(memory, memory.data_ptr() + -memory.data_ptr() % 16)
+    cuda().csr_panels(DTYPES[x.dtype], x.data_ptr(), x.stride(0), m, columns, panels.pointer, stream_of(x))
+    return panels
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """Values that begin at a multiple of 16 bytes: vectors are loaded from them."""
+    return values if values.data_ptr() % 16 == 0 else values.clone()
+
+
+def _large(x: Tensor) -> bool:
+    """Whether a block may have the shared memory of two slices: not on consumer cards."""
+    return emulating() or capability(x.device) in (80, 87, 90, 100, 103)
+
+
+class _Topology(NamedTuple):
+    offsets: Tensor  # uint16 (as int16) [nnz + 8]: the byte offset of each column's row in a slice of a panel
+    starts: Tensor  # int32 [N * slices + 1]
+    slices: int
+
+
+def _topology(w: Rows) -> _Topology:
+    (n, k), crow, col = w.shape, w.crow, w.col
+
+    def make() -> _Topology:
+        width = cuda().csr_slice_columns()
+        slices = -(-k // width)
+        row = torch.repeat_interleave(torch.arange(n, device=col.device), crow.diff().long(), output_size=col.shape[0])
+        counts = torch.bincount(row * slices + col // width, minlength=n * slices)
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        return _Topology(_padded(_short(col % width * 128)), starts, slices)
+
+    return plan(col, ("csr.cuda", n, k), make)
+
+
+def _short(numbers: Tensor) -> Tensor:
+    """The low 16 bits."""
+    return torch.where(numbers < 2**15, numbers, numbers - 2**16).to(torch.int16)
+
+
+def _padded(offsets: Tensor) -> Tensor:
+    """Vectors of up to eight are read from it."""
+    return torch.nn.functional.pad(offsets, (0, 8))
+
+
+def _order(w: Rows, rows_per: int, warps: int) -> Tensor:
+    """int32 [groups, rows_per, warps, 4]: which row a subwarp takes, -1 for none.
+
+    The rows of a group by length, four of like length to a warp; the warps take such fours forth and back, so that
+    each gets long and short ones.
+    """
+    n, crow, rows = w.shape[0], w.crow, 4 * rows_per * warps
+
+    def make() -> Tensor:
+        groups = -(-n // rows)
+        lengths = torch.nn.functional.pad(crow.diff(), (0, groups * rows - n), value=-1).view(groups, rows)
+        place = lengths.argsort(dim=1, descending=True, stable=True)
+        row = place + rows * torch.arange(groups, device=crow.device)[:, None]
+        fours = torch.where(row < n, row, -1).view(groups, rows_per, warps, 4)
+        fours[:, 1::2] = fours[:, 1::2].flip(2)
+        return fours.to(torch.int32).contiguous()
+
+    return plan(w.crow, ("csr.cuda.order", n, rows_per, warps), make)
+
+
+class _Items(NamedTuple):
+    items: Tensor  # int32 [count, 8]: csrc/csr/mm.cuh
+    slots: int
+    counters: int
+
+
+def _items(w: Rows, rows_per: int, warps: int, strips: int, workers: int) -> _Items:
+    """The work list of csr_mm: groups of rows, cut along K where one of them would keep the machine waiting."""
+    (n, k), rows = w.shape, 4 * rows_per * warps
+    # Blocks that each strip of tokens should make, in powers of two: one list serves many token counts.
+    wanted = 1 << max(0, (-(-2 * workers // strips) - 1).bit_length())
+
+    def make() -> _Items:
+        topology = _topology(w)
+        slices, groups = topology.slices, -(-n // rows)
+        counts = topology.starts.diff().view(n, slices)
+        padded = torch.nn.functional.pad(counts, (0, 0, 0, groups * rows - n)).view(groups, rows, slices)
+        cost = torch.maximum(padded.sum(1), _STEP * padded.amax(1))
+        cost = torch.where(cost > 0, cost + _FILL, 0).cpu()
+        return _cut(cost, max(1.0, cost.sum().item() / wanted), w.col.device)
+
+    return plan(w.col, ("csr.cuda.items", n, k, rows, wanted), make)
+
+
+def _cut(cost: Tensor, target: float, device: torch.device) -> _Items:
+    """Items of about `target` at most, from the costs [groups, slices]; empty slices at either end are left out."""
+    items, slots, counters = [], 0, 0
+    for group, costs in enumerate(cost.tolist()):
+        used = [i for i, c in enumerate(costs) if c]
+        begin, end = (used[0], used[-1] + 1) if used else (0, 0)
+        total = sum(costs)
+        parts = max(1, min(end - begin, round(total / target)))
+        bounds, done = [begin], 0.0
+        for i in range(begin, end):
+            done += costs[i]
+            # A cut where the share that is done comes closest, with a slice left for each part to come.
+            if len(bounds) < parts and done >= total * len(bounds) / parts and i + 1 < end:
+                bounds.append(i + 1)
+        bounds.append(end)
+        parts = len(bounds) - 1
+        for part in range(parts):
+            first, last = bounds[part], bounds[part + 1]
+            items.append((sum(costs[first:last]), [group, first, last, part, parts, slots, counters, 0]))
+        if parts > 1:
+            slots, counters = slots + parts, counters + 1
+    items.sort(key=lambda item: -item[0])  # stable: equal costs stay in order
+    return _Items(torch.tensor([item for _, item in items], dtype=torch.int32, device=device), slots, counters)
+
+
+class _Units(NamedTuple):
+    units: Tensor  # int32 [count, 4]: row, begin, end, split or -1 (csrc/csr/mv.cuh)
+    splits: Tensor  # int32 [splits, 2]: first slot, parts
+    slots: int
+
+
+def _units(w: Rows) -> _Units:
+    """The work list of csr_mv: rows, and the parts of long ones, the longest first."""
+    crow = w.crow
+
+    def make() -> _Units:
+        begin, lengths = crow[:-1].long(), crow.diff().long()
+        parts = torch.where(lengths > 2 * _MV_CHUNK, -(-lengths // _MV_CHUNK), 1)
+        row = torch.repeat_interleave(torch.arange(len(parts), device=crow.device), parts)
+        part = torch.arange(len(row), device=crow.device) - (parts.cumsum(0) - parts)[row]
+        first = begin[row] + part * _MV_CHUNK
+        last = torch.where(part + 1 == parts[row], begin[row] + lengths[row], first + _MV_CHUNK)
+        long = parts > 1
+        split = torch.where(long, long.cumsum(0) - 1, -1)
+        units = torch.stack((row, first, last, split[row]), 1)
+        units = units[(last - first).argsort(descending=True, stable=True)].to(torch.int32).contiguous()
+        counts = parts[long]
+        splits = torch.stack((counts.cumsum(0) - counts, counts), 1).to(torch.int32).contiguous()
+        return _Units(units, splits, int(counts.sum()))
+
+    return plan(crow, "csr.cuda.units", make)
+
+
+class _Transposed(NamedTuple):
+    gather: Tensor  # int64 [nnz]: where the values of W^T's rows lie among those of W
+    crow: Tensor
+    col: Tensor
+
+
+def _transposed(w: Rows) -> _Transposed:
+    """The topology of W^T, rows ascending inside a column: a stable sort by column."""
+    (n, k), crow, col = w.shape, w.crow, w.col
+
+    def make() -> _Transposed:
+        gather = col.argsort(stable=True)
+        row = torch.repeat_interleave(torch.arange(n, device=col.device), crow.diff().long(), output_size=col.shape[0])
+        counts = torch.bincount(col, minlength=k)
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        return _Transposed(gather, starts, row[gather].to(torch.int32))
+
+    return plan(col, ("csr.cuda.transposed", n, k), make)

@@ -1,0 +1,180 @@
+"""bitmap on NVIDIA GPUs: fragment order, decoding and expansion in the emulator under every schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekern.bitmap import Bitmap, cuda, fragments, pack
+from sparsekern.ref import ACTIVATIONS
+from sparsekern.testing import TOLERANCE, poisoned, random_dense, random_weight
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """What no kernel writes is NaN, and bands around every output are checked."""
+    with poisoned():
+        yield
+
+
+def weight(n: int, k: int, sparsity: float, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    w = random_weight("bitmap", n, k, dtype, 1 - sparsity, seed=n + k)
+    w[n // 2 : n // 2 + 2] = 0  # empty rows
+    return w
+
+
+def view(m: int, columns: int, dtype: torch.dtype, seed: int, left: int = 3) -> Tensor:
+    """Rows that are longer than `columns` and do not begin at the allocation, with NaN around them."""
+    wide = torch.full((m, columns + 8), float("nan"), dtype=dtype)
+    wide[:, left : columns + left] = random_dense(m, columns, dtype=dtype, seed=seed)
+    return wide[:, left : columns + left]
+
+
+def assert_near(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape
+    error = (got.double() - want).norm() / want.norm().clamp_min(1e-2 * max(1, want.numel()) ** 0.5)
+    assert error < 2 * TOLERANCE[got.dtype], error  # many tokens: rounded once more before the activation
+
+
+def check_products(w: Tensor, m: int, bias: bool = True, activation: str = "none", left: int = 3) -> None:
+    layout, dense, dtype = pack(w), w.double(), w.dtype
+    n, k = w.shape
+    x, dy = view(m, k, dtype, 1, left), view(m, n, dtype, 2)
+    b = random_dense(n, dtype=dtype, seed=3) if bias else None
+    want = x.double() @ dense.t() + (b.double() if b is not None else 0)
+    assert_near(cuda.mm(layout, x, b, activation), ACTIVATIONS[activation](want))
+    assert_near(cuda.mm_t(layout, dy), dy.double() @ dense)
+    assert_near(cuda.sddmm(layout, dy, x), (dy.double().t() @ x.double())[w != 0])
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (1, 1), (70, 100), (130, 257), (5, 0), (0, 5)], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_fragments_are_lossless(shape: tuple[int, int], sparsity: float, dtype: torch.dtype) -> None:
+    w = weight(*shape, sparsity, dtype)
+    made = fragments.pack(pack(w))
+    assert torch.equal(fragments.unpack(made, shape, dtype), w)
+    assert made.records.numel() * 2 == int(made.offsets[-1]) * fragments.UNIT
+    assert made.longest == max(made.offsets.diff().tolist(), default=0) * fragments.UNIT
+
+
+def test_a_record_bit_by_bit() -> None:
+    """One weight in a tile: its bit in its lane's word, its value first."""
+    for row, column in ((0, 0), (9, 3), (37, 30), (63, 31), (16, 17)):
+        w = torch.zeros(64, 32, dtype=torch.bfloat16)
+        w[row, column] = 3.0
+        record = fragments.pack(pack(w)).records
+        step, h, t, e = column // 16, column % 16 // 8, column % 8 // 2, column % 2
+        i, r, g = row // 16, row % 16 // 8, row % 8
+        words = record[:128].view(torch.int32)
+        expected = torch.zeros(64, dtype=torch.int64)
+        expected[32 * step + 4 * g + t] = 1 << (8 * i + 4 * h + 2 * r + e)
+        assert torch.equal(words.long() & 0xFFFFFFFF, expected)
+        assert record[128:].view(torch.bfloat16).tolist() == [3.0] + [0.0] * 7
+
+
+def test_stored_zeros_and_odd_values_keep_their_bits() -> None:
+    """NaN, infinities, -0.0 and zeros that are stored (in training) are values like others."""
+    layout = pack(torch.ones(3, 40, dtype=torch.bfloat16))
+    odd = torch.tensor([0.0, -0.0, float("nan"), float("inf")], dtype=torch.bfloat16)
+    layout = layout.with_values(odd.repeat(30))
+    back = fragments.unpack(fragments.pack(layout), (3, 40), torch.bfloat16)
+    assert torch.equal(back.view(torch.int16), odd.repeat(30).view(3, 40).view(torch.int16))
+    with pytest.raises(ValueError, match="16-bit"):
+        fragments.pack(pack(torch.ones(2, 2)))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("m", [1, 8, 15, 30, 64, 65])
+def test_products(emulated: ModuleType, m: int, dtype: torch.dtype) -> None:
+    check_products(weight(70, 300, 0.5, dtype), m, activation="silu")
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("processors", [1, 3, 40])
+def test_streams(emulated: ModuleType, sparsity: float, processors: int) -> None:
+    """Full and empty tiles; workers that begin and end inside of rows of tiles."""
+    with mock.patch.object(cuda, "multiprocessors", return_value=processors):
+        check_products(weight(200, 1000, sparsity), 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 0), (0, 5), (1, 1500), (200, 9), (65, 33)], ids=str)
+@pytest.mark.parametrize("m", [0, 1, 5])
+def test_shapes(emulated: ModuleType, shape: tuple[int, int], m: int) -> None:
+    check_products(weight(*shape, 0.5), m, bias=m != 5)
+
+
+@pytest.mark.parametrize("left", range(8))
+@pytest.mark.parametrize("k", [63, 64, 66, 68])
+def test_alignments(emulated_once: ModuleType, k: int, left: int) -> None:
+    check_products(weight(30, k, 0.5), 4, left=left)
+
+
+@pytest.mark.parametrize("m", range(0, 67))
+def test_every_token_count(emulated_once: ModuleType, m: int) -> None:
+    check_products(weight(40, 70, 0.6), m)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("m", [2, 70])
+def test_activations(emulated_once: ModuleType, activation: str, m: int) -> None:
+    check_products(weight(35, 100, 0.6), m, activation=activation)
+
+
+@pytest.mark.parametrize("m", [1, 4, 6])
+def test_fp32(emulated: ModuleType, m: int) -> None:
+    """No tensor core is exact enough: rows for a token or four, the dense product otherwise."""
+    check_products(weight(70, 300, 0.5, torch.float32), m)
+
+
+def test_every_kernel(emulated_once: ModuleType) -> None:
+    """Each of the list on a weight with one full tile among sparse ones."""
+    w = weight(130, 200, 0.7)
+    w[:64, 32:64] = 1.5
+    layout, x = pack(w), view(64, 200, torch.bfloat16, 5)
+    want = x.double() @ w.double().t()
+    for number, kernel in enumerate(cuda.kernels(1)):
+        m = kernel.tokens
+        with mock.patch.object(cuda, "_choice", return_value=(number, kernel, 3)):
+            assert_near(cuda.mm(layout, x[:m], None, "none"), want[:m])
+
+
+def test_new_values_are_seen(emulated_once: ModuleType) -> None:
+    """The records follow the values' version, in the memory that a captured graph knows."""
+    w = weight(70, 100, 0.5)
+    layout, x = pack(w), view(3, 100, torch.bfloat16, 1)
+    cuda.mm(layout, x, None, "none")
+    before = cuda._packed(layout).records.data_ptr()
+    layout.values.mul_(2)
+    assert_near(cuda.mm(layout, x, None, "none"), x.double() @ (2 * w).double().t())
+    assert cuda._packed(layout).records.data_ptr() == before
+
+
+def test_cards_with_less_shared_memory(emulated_once: ModuleType) -> None:
+    """Consumer cards: another kernel, and the dense product where none fits."""
+    layout = pack(weight(70, 100, 0.0))
+    with (
+        mock.patch.object(cuda, "emulating", return_value=False),
+        mock.patch.object(cuda, "capability", return_value=89),
+    ):
+        small = cuda._choice(layout, 16, layout.device)
+        assert small is not None
+        assert small[1].shared(4352) <= 99 * 1024
+        assert cuda._choice(layout, 17, layout.device) is None
+        check_products(weight(70, 100, 0.4), 20)
+
+
+def test_why_not(emulated_once: ModuleType) -> None:
+    layout = pack(weight(4, 4, 0.5))
+    assert cuda.why_not("mm", layout, torch.ones(1, 4).bfloat16()) is None
+    assert "must agree" in str(cuda.why_not("mm", layout, torch.ones(1, 4)))
+    double = Bitmap(values=layout.values.double(), bits=layout.bits, offsets=layout.offsets, shape=layout.shape)
+    assert "float64" in str(cuda.why_not("mm", double, torch.ones(1, 4).double()))
