@@ -8,10 +8,10 @@ namespace sk::device {
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, e4m3 = 4, i32 = 5 };
 enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 
-SK_DEVICE constexpr int bytes_of(Type t) {
+SK_BOTH constexpr int bytes_of(Type t) {
     return t == Type::f32 || t == Type::i32 ? 4 : t == Type::bf16 || t == Type::f16 ? 2 : 1;
 }
-SK_DEVICE constexpr bool is_wide(Type t) { return bytes_of(t) == 2; }  // 16-bit operands of the tensor cores
+SK_BOTH constexpr bool is_wide(Type t) { return bytes_of(t) == 2; }  // 16-bit operands of the tensor cores
 
 // What a product of two operands of this type is summed in.
 template <Type T>
@@ -35,6 +35,18 @@ SK_DEVICE To bits_as(From value) {
     To out;
     memcpy(&out, &value, sizeof(To));
     return out;
+}
+
+// Four bytes of the eight in `low` and `high` (numbered 0..3 and 4..7), one for each nibble of `selector`.
+SK_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+#if SK_GPU
+    return __byte_perm(low, high, selector);
+#else
+    const uint64_t bytes = low | uint64_t{high} << 32;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+#endif
 }
 
 SK_DEVICE float bf16_to_float(uint16_t bits) { return bits_as<float>(uint32_t{bits} << 16); }

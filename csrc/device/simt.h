@@ -7,6 +7,7 @@
 #if defined(__CUDACC__)
 #define SK_GPU 1
 #define SK_DEVICE __device__ __forceinline__
+#define SK_BOTH __host__ __device__ __forceinline__
 #define SK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SK_PARAM const __grid_constant__
 #define SK_UNROLL _Pragma("unroll")
@@ -17,6 +18,7 @@
 #include "engine.h"
 #define SK_GPU 0
 #define SK_DEVICE inline
+#define SK_BOTH inline
 #define SK_KERNEL(threads, blocks) void
 #define SK_PARAM const
 #define SK_UNROLL
@@ -195,6 +197,15 @@ SK_DEVICE uint32_t announce(uint32_t* counter) {
     return before;
 #else
     return (*counter)++;
+#endif
+}
+
+// *p becomes the smaller of *p and `value`.
+SK_DEVICE void keep_smallest(uint64_t* p, uint64_t value) {
+#if SK_GPU
+    atomicMin(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value));
+#else
+    if (value < *p) *p = value;
 #endif
 }
 

@@ -20,9 +20,9 @@ constexpr int kBlockRows = 64;
 constexpr int kSteps = 2;
 constexpr int kStepBytes = 2048;
 
-SK_DEVICE constexpr int block_k(Type t) { return 128 / device::bytes_of(t); }
-SK_DEVICE constexpr int block_bytes(Type t) { return device::is_wide(t) ? 4608 : 5120; }
-SK_DEVICE constexpr int metadata_words(Type t) { return device::is_wide(t) ? 1 : 2; }
+SK_BOTH constexpr int block_k(Type t) { return 128 / device::bytes_of(t); }
+SK_BOTH constexpr int block_bytes(Type t) { return device::is_wide(t) ? 4608 : 5120; }
+SK_BOTH constexpr int metadata_words(Type t) { return device::is_wide(t) ? 1 : 2; }
 
 // One thread's share of a block.
 template <Type T>
