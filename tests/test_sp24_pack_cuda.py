@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations, product
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,11 +23,15 @@ SHAPES = ((1, 8), (1, 4), (3, 1), (65, 12), (64, 64), (70, 136), (130, 97), (16,
 schedules = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s[0]}{s[1]}")
 
 
+@pytest.fixture(scope="module")
+def emulator() -> ModuleType:
+    return build()
+
+
 @pytest.fixture(autouse=True)
-def emulator() -> Iterator[None]:
-    module = build()
-    module.set_schedule("ascending", 0)
-    _ext.emulate(module)
+def emulated(emulator: ModuleType) -> Iterator[None]:
+    emulator.set_schedule("ascending", 0)
+    _ext.emulate(emulator)
     yield
     _ext.emulate(None)
 
@@ -127,7 +132,7 @@ def test_strict(dtype: torch.dtype, schedule: tuple[str, int]) -> None:
     bits = torch.tensor([[b >> i & 1 for i in range(4)] for b in keeps], dtype=torch.bool)
     keep = bits[torch.randint(0, len(keeps), (67, 35), generator=testing.generator(3))].flatten(1)
     w = random(67, 140, dtype, seed=4)
-    w[w.float() == 0] = torch.ones((), dtype=dtype)
+    w = torch.where(w.float() == 0, 1.0, w.float()).to(dtype)
     w = dense_of(w, keep)
     first = repack.no_crowd(w)
     made = repack.pack(w, "strict", fragments=True, first=first)
@@ -136,7 +141,7 @@ def test_strict(dtype: torch.dtype, schedule: tuple[str, int]) -> None:
     host = pack(w if dtype != FP8 else w.to(torch.float16))
     assert torch.equal(made.metadata, host.metadata)
     for row, group in ((66, 34), (40, 3), (2, 30)):  # each earlier than the one before
-        w[row, 4 * group : 4 * group + 3] = torch.ones((), dtype=dtype)
+        w[row, 4 * group : 4 * group + 3] = torch.ones(3).to(dtype)
         first = repack.no_crowd(w)
         repack.pack(w, "strict", first=first)
         assert int(first[0]) == row * 36 + group
@@ -147,7 +152,7 @@ def test_from_a_mask(dtype: torch.dtype) -> None:
     """Zeros that the mask keeps are stored, nonzeros that it removes are not."""
     for n, k in SHAPES:
         w = random(n, k, dtype)
-        w[:, ::3] = torch.zeros((), dtype=dtype)
+        w[:, ::3] = torch.zeros_like(w[:, ::3])
         keep = prune_mask(torch.randn(n, k, generator=testing.generator(5)))
         for mask in (keep, keep.t().contiguous().t()):
             first = repack.no_crowd(w)

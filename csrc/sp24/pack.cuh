@@ -323,8 +323,8 @@ SK_DEVICE void store_fragments(const Chunk (&c)[2][2], char* block, uint32_t thr
     } else {
         SK_UNROLL
         for (int s = 0; s < 2; ++s) {
-            const uint32_t other = device::shuffle_xor(c[s][half ? 0 : 1].nibbles, 2);
-            const uint32_t own = c[s][half ? 1 : 0].nibbles;
+            const uint32_t left = c[s][0].nibbles, right = c[s][1].nibbles;
+            const uint32_t other = device::shuffle_xor(half ? left : right, 2), own = half ? right : left;
             metadata[s * 128 + thread] = half ? other | own << 16 : own | other << 16;
         }
     }
