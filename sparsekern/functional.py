@@ -243,12 +243,7 @@ def _autocast(x: Tensor, w: Layout, bias: Tensor | None) -> tuple[Tensor, Layout
 def _autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x."""
     device = x.device.type
-    return (
-        device != "meta"
-        and torch.is_autocast_enabled(device)
-        and x.is_floating_point()
-        and x.dtype != torch.float64
-    )
+    return device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def _check_is_dense(x: Any) -> None:

@@ -98,7 +98,8 @@ def test_autocast(mask: str) -> None:
         with torch.no_grad():
             assert torch.equal(layer(x), y)
     assert y.dtype == torch.bfloat16
-    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
     rounded = layer.weight.detach().bfloat16()
     removed = layer.weight.detach().masked_fill(MASK_OF[mask](rounded), 0)
     assert_close(layer.weight.grad, 2e-4 * removed.double())
@@ -136,7 +137,8 @@ def test_it_is_a_linear() -> None:
     dense = nn.Linear(20, 12)
     dense.load_state_dict(layer.state_dict())
     twin = DynamicSparseLinear.from_dense(dense, mask="transposable")
-    assert twin.weight is dense.weight and twin.bias is dense.bias
+    assert twin.weight is dense.weight
+    assert twin.bias is dense.bias
     copied = copy.deepcopy(layer)
     for other in (twin, copied):
         assert torch.equal(other(x), layer(x))
@@ -163,7 +165,8 @@ def test_convert_freezes_it(mask: str, policy: str) -> None:
         assert torch.equal(model[0].dense_weight(), pruned(layer))
         assert_close(layer.to_sparse()(x), layer(x).double())
     back = sk.to_dense_(model)
-    assert isinstance(back[0], DynamicSparseLinear) and back[0].mask == mask
+    assert isinstance(back[0], DynamicSparseLinear)
+    assert back[0].mask == mask
     with torch.no_grad():
         assert_close(back(x), expected.double())
 

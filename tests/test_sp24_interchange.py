@@ -34,7 +34,7 @@ def test_torch_has_the_same_words(dtype: torch.dtype, shape: tuple[int, int]) ->
     values, e = interchange.to_cutlass(layout)
     theirs, their_e = sparse_semi_structured_from_dense_cutlass(w)
     assert torch.equal(values, theirs)
-    assert e.dtype == their_e.dtype and e.shape == their_e.shape
+    assert e.dtype == their_e.dtype
     assert torch.equal(e, their_e)
     back = interchange.from_cutlass(theirs, their_e, layout.scale)
     assert torch.equal(back.metadata, layout.metadata)

@@ -58,11 +58,13 @@ class Library:
             transpose_result=transpose_result,
             alg_id=alg_id,
         )
-        assert tokens.t().is_contiguous() and tokens.shape[1] % vendor.ALIGNMENT[tokens.dtype][1] == 0
+        assert tokens.t().is_contiguous()
+        assert tokens.shape[1] % vendor.ALIGNMENT[tokens.dtype][1] == 0
         self.algorithms.append(alg_id)
         y = (tokens.t().double() @ weight.double().t()).to(out_dtype or tokens.dtype)
         y = y if bias is None else (tokens.t().double() @ weight.double().t() + bias.double()).to(y.dtype)
-        assert y.shape == meta.shape and y.dtype == meta.dtype
+        assert y.shape == meta.shape
+        assert y.dtype == meta.dtype
         return y
 
 
@@ -93,12 +95,13 @@ def test_mm(library: Library, dtype: torch.dtype, activation: str) -> None:
         assert_close(y, reference_mm(dense, x, bias, activation), dtype, tol=tolerance)
         assert_close(vendor.mm(layout, x, bias.float(), "none"), reference_mm(dense, x, bias), dtype, tol=tolerance)
     assert library.compressions == 1
-    assert library.searches == 3 and set(library.algorithms) == {7}, "1; 7 and 8; 33"
+    assert library.searches == 3, "1; 7 and 8; 33"
+    assert set(library.algorithms) == {7}
     with torch.no_grad():
         layout.values.mul_(2)
     assert_close(vendor.mm(layout, random_dense(9, 64, dtype=dtype), None, "none", algorithm=3),
                  reference_mm(2 * dense, random_dense(9, 64, dtype=dtype)), dtype)  # fmt: skip
-    assert library.compressions == 2 and library.searches == 3 and library.algorithms[-1] == 3
+    assert (library.compressions, library.searches, library.algorithms[-1]) == (2, 3, 3)
 
 
 def test_int8(library: Library) -> None:

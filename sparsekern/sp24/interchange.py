@@ -82,8 +82,8 @@ def _check_cusparselt(n: int, k: int, dtype: torch.dtype) -> None:
 def _blocks(metadata: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """Canonical metadata [N, K / 8] as uint8 [blocks of columns, blocks of rows, 128]."""
     if dtype.itemsize == 2:
-        # Row 32 b + 16 s + 8 h + g, byte 4 c + 2 u + e -> word (lane 4 g + 2 s + u), half h, byte e: lanes t = 0, 1 of a
-        # quad have the first 16 rows (selector 0), t = 2, 3 the others.
+        # Row 32 b + 16 s + 8 h + g, byte 4 c + 2 u + e -> word (lane 4 g + 2 s + u), half h, byte e: lanes t = 0, 1 of
+        # a quad have the first 16 rows (selector 0), t = 2, 3 the others.
         split = metadata.reshape(n // 32, 2, 2, 8, k // 32, 2, 2)
         return split.permute(4, 0, 3, 1, 5, 2, 6).reshape(k // 32, n // 32, 128)
     # Row 16 b + 8 h + g, byte 8 c + 4 u + e -> word (lane 4 g + 2 u + h), byte e.

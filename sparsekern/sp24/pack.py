@@ -43,7 +43,8 @@ def transposable_mask(dense: Tensor) -> Tensor:
     (best_top, which_top), (best_bottom, which_bottom) = top.max(-1), bottom.max(-1)
     case = (best_top + best_bottom).argmax(-1, keepdim=True)
     flat = case.squeeze(-1)
-    pairs = torch.cat((above[flat, which_top.gather(1, case)[:, 0]], below[flat, which_bottom.gather(1, case)[:, 0]]), 1)
+    orders = [which.gather(1, case).squeeze(-1) for which in (which_top, which_bottom)]
+    pairs = torch.cat((above[flat, orders[0]], below[flat, orders[1]]), 1)
     columns = torch.tensor(list(combinations(range(4), 2)), device=dense.device)
     mask = torch.zeros(tiles.shape, dtype=torch.bool, device=dense.device).scatter_(-1, columns[pairs], True)
     rows = (n + 3) // 4

@@ -106,7 +106,10 @@ def unpack(layout: Sp24) -> Tensor:
 
 
 def transpose(layout: Sp24, out: Tensor | None = None, first: Tensor | None = None) -> Tensor:
-    """W^T's nonzeros in fragment order (16-bit types). first[1] tells the first of its groups that has more than two."""
+    """W^T's nonzeros in fragment order (16-bit types).
+
+    first[1] becomes the number of the first of its groups, [K, groups along N], that has more than two.
+    """
     n, k = layout.shape
     out = new_fragments(k, n, layout.values) if out is None else out
     _run_layout("canonical", layout, to_transposed=out, first=first)
