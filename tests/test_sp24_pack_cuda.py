@@ -96,7 +96,7 @@ def test_top2(dtype: torch.dtype, schedule: tuple[str, int]) -> None:
 
 
 def test_top2_of_special_values() -> None:
-    """Ties keep the lower index, NaN is largest, -0.0 is nothing: every group of seven kinds of value, as on the host."""
+    """Ties keep the lower index, NaN is largest, -0.0 is nothing: every group of seven kinds, as on the host."""
     for dtype in WIDE:
         kinds = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, float("inf"), float("nan")], dtype=dtype)
         groups = torch.tensor(list(product(range(7), repeat=4)))

@@ -459,7 +459,10 @@ sp24_repack(SK_PARAM Repack p) {
             if constexpr (kFrom == From::transposable) {
                 const uint16_t* tiles = patterns + local / 4 * 16 + 2 * at;
                 const int shift = local % 4 * 4;
-                chunk.nibbles = (tiles[0] >> shift & 15) | (tiles[1] >> shift & 15) << 4;
+                // What lies outside of the matrix is empty, whatever the pattern of its zeros.
+                const uint32_t left = inside && 4 * group < p.k ? tiles[0] >> shift & 15 : 0xE;
+                const uint32_t right = inside && 4 * group + 4 < p.k ? tiles[1] >> shift & 15 : 0xE;
+                chunk.nibbles = left | right << 4;
             }
             if constexpr (kFrom != From::canonical) select<kWide>(chunk, dense);
         }
