@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsekern import _ext, testing
 from sparsekern._ext import FP8
 from sparsekern.sp24 import Sp24, fragments, repack
-from sparsekern.sp24.pack import pack, prune_mask, transposable_mask
+from sparsekern.sp24.pack import _pack_device, pack, prune_mask, transposable_mask
 
 SCHEDULES = (("ascending", 0), ("descending", 0), ("random", 1), ("random", 2))
 WIDE, NARROW = (torch.bfloat16, torch.float16), (torch.int8, FP8)
@@ -275,3 +275,19 @@ def test_what_is_refused() -> None:
     with pytest.raises(RuntimeError, match="transposed destination"):
         repack.pack(w.to(torch.bfloat16), "top2", transposed=True)
     assert "not torch.float32" in str(repack.why_not(w.float()))
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_the_packer_of_a_gpu_is_the_one_of_the_host(prune: bool) -> None:
+    """Same layout, and the same message where a weight is not 2:4."""
+    w = random(9, 22, torch.float16)
+    good = w if prune else w.where(prune_mask(w), 0)
+    here, there = _pack_device(good, prune, None), pack(good, prune=prune)
+    assert torch.equal(here.metadata, there.metadata)
+    assert torch.equal(raw(here.values), raw(there.values))
+    if not prune:
+        with pytest.raises(ValueError, match="row 0, group 0") as device:
+            _pack_device(w, False, None)
+        with pytest.raises(ValueError, match="row 0, group 0") as host:
+            pack(w)
+        assert str(device.value) == str(host.value)

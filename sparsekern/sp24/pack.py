@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._ext import DTYPES, host, host_packs
+from . import repack
 from .layout import Sp24, padded
 
 
@@ -73,6 +74,8 @@ def pack(dense: Tensor, *, prune: bool = False, scale: Tensor | None = None) -> 
     dense = dense.detach()
     if host_packs(dense):
         return _pack_host(dense, prune, scale)
+    if dense.is_cuda and repack.why_not(dense) is None:
+        return _pack_device(dense, prune, scale)
     n, k = dense.shape
     kp = padded(k)
     if prune:
@@ -107,6 +110,19 @@ def _pack_host(dense: Tensor, prune: bool, scale: Tensor | None) -> Sp24:
         values_of_group = torch.nn.functional.pad(dense[row, 4 * group : 4 * group + 4], (0, max(0, 4 * group + 4 - k)))
         raise not_24(row, group, values_of_group)
     return Sp24(values=values, metadata=metadata, shape=(n, k), scale=scale)
+
+
+def _pack_device(dense: Tensor, prune: bool, scale: Tensor | None) -> Sp24:
+    """The same on the GPU's packers (csrc/sp24/pack.cuh)."""
+    n, k = dense.shape
+    first = None if prune else repack.no_crowd(dense)
+    made = repack.pack(dense, "top2" if prune else "strict", first=first)
+    bad = -1 if first is None else int(first[0])
+    if bad >= 0:
+        row, group = divmod(bad, padded(k) // 4)
+        values = torch.nn.functional.pad(dense[row].float(), (0, padded(k) - k))[4 * group : 4 * group + 4]
+        raise not_24(row, group, values)
+    return Sp24(values=made.values, metadata=made.metadata, shape=(n, k), scale=scale)
 
 
 def not_24(row: int, group: int, values: Tensor) -> ValueError:

@@ -129,7 +129,8 @@ def _rows_of(mask: Tensor) -> Tensor:
 
 def _run_layout(source: str, layout: Sp24, **tensors: Tensor | None) -> None:
     values = layout.values
-    _run(source, values.dtype, *layout.shape, values=values, metadata=layout.metadata, **tensors)
+    n, k = layout.shape
+    _run(source, values.dtype, n, k, values=values, metadata=layout.metadata, **tensors)
 
 
 def _run(source: str, dtype: torch.dtype, n: int, k: int, **tensors: Tensor | None) -> None:
