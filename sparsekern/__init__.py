@@ -5,9 +5,9 @@ from .bitmap import Bitmap
 from .bsr import Bsr
 from .convert_dense import to_bitmap, to_block_sparse, to_csr, to_sparse_semi_structured
 from .csr import Csr
-from .functional import conv2d, linear, matmul
+from .functional import conv2d, dynamic_linear, linear, matmul
 from .layout import Layout
-from .nn import Report, SparseConv2d, SparseLinear, convert_, to_dense_
+from .nn import DynamicSparseLinear, Report, SparseConv2d, SparseLinear, convert_, to_dense_
 from .sp24 import Sp24
 from .tensor import SparseTensor
 
@@ -17,6 +17,7 @@ __all__ = [
     "Bitmap",
     "Bsr",
     "Csr",
+    "DynamicSparseLinear",
     "Layout",
     "Report",
     "Sp24",
@@ -26,6 +27,7 @@ __all__ = [
     "checkpoint",
     "conv2d",
     "convert_",
+    "dynamic_linear",
     "linear",
     "matmul",
     "prune",

@@ -18,6 +18,7 @@ from .dispatch import choose
 from .formats import FORMATS
 from .layout import Layout
 from .ref import out_dtype
+from .sp24 import Sp24, dynamic
 
 _library = torch.library.Library("sparsekern", "DEF")
 _WEIGHT = "Tensor values, Tensor[] index, Tensor? scale, int[] dims"
@@ -206,3 +207,68 @@ class SparseMMT(torch.autograd.Function):
         dvalues = sddmm(w, x, dy, backend, direct) if need_values else None
         dx = mm(w, dy, None, "none", backend, direct) if need_x else None
         return dvalues, dx, None, None, None, None, None, *(None for _ in index)
+
+
+# 2:4 of a weight that changes
+
+
+def _prune(weight, mask, backend):
+    layout = dynamic.prune(weight, mask, backend)
+    return layout.values, layout.metadata
+
+
+def _prune_fake(weight, mask, backend):
+    n, k = weight.shape
+    kp = (k + 7) // 8 * 8
+    return weight.new_empty(n, kp // 2), weight.new_empty((n, kp // 8), dtype=torch.uint8)
+
+
+def _removed_fake(weight, metadata):
+    return weight.new_empty(weight.shape)
+
+
+def _define_one(op: str, schema: str, run: Any, fake: Any) -> Any:
+    _library.define(f"{op}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(op, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparsekern::{op}", fake, lib=_library)
+    return getattr(torch.ops.sparsekern, op).default
+
+
+PRUNE = _define_one(
+    "sp24_prune", "Tensor weight, str mask, str? backend) -> (Tensor values, Tensor metadata)", _prune, _prune_fake
+)
+REMOVED = _define_one("sp24_removed", "Tensor weight, Tensor metadata) -> Tensor", dynamic.removed, _removed_fake)
+
+
+class DynamicMM(torch.autograd.Function):
+    """Y = X S(W)^T + bias with the 2:4 part S(W) of a dense W, found anew.
+
+    dX = dY S(W); dW = dY^T X + decay * (W - S(W)), straight through the mask; dbias = the column sums of dY.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, x, bias, mask, decay, backend):
+        values, metadata = PRUNE(weight.to(x.dtype), mask, backend)
+        ctx.save_for_backward(weight, x, values, metadata)
+        ctx.call = (decay, backend)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        dims = (weight.shape[0], weight.shape[1])
+        return mm(Sp24.from_parts(values, (metadata,), None, dims), x, bias, "none", backend, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        weight, x, values, metadata = ctx.saved_tensors
+        decay, backend = ctx.call
+        need_weight, need_x, need_bias = ctx.needs_input_grad[:3]
+        dweight = dx = dbias = None
+        if need_weight:
+            dweight = (dy.t() @ x).to(weight.dtype)  # in the master's type: a small decay would be lost in 16 bits
+            if decay:
+                dweight = dweight.add(REMOVED(weight, metadata), alpha=decay)
+        if need_x:
+            layout = Sp24.from_parts(values, (metadata,), None, (weight.shape[0], weight.shape[1]))
+            dx = mm_t(layout, dy, backend, False)
+        if need_bias:
+            dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+        return dweight, dx, dbias, None, None, None

@@ -29,7 +29,7 @@ class Format:
 FORMATS = {
     f.name: f
     for f in (
-        Format(sp24.Sp24, sp24.pack, {"cpu": ("host",), "cuda": ("cuda",)}),
+        Format(sp24.Sp24, sp24.pack, {"cpu": ("host",), "cuda": ("cuda", "vendor")}),
         Format(bsr.Bsr, bsr.pack, {"cpu": ("host",), "cuda": ("triton",)}),
         Format(csr.Csr, csr.pack, {"cpu": ("host",), "cuda": ("cuda",)}),
         Format(bitmap.Bitmap, bitmap.pack, {"cpu": ("host",), "cuda": ("cuda",)}),

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import SparseMM, SparseMMT, apply_of, mm, mm_t, unwatched
+from ._library import PRUNE, DynamicMM, SparseMM, SparseMMT, apply_of, mm, mm_t, unwatched
 from .conv import Geometry, conv2d_layout, padding_of
 from .conv.geometry import order_number, pair
 from .layout import FLOATS, QUANTISED, Layout
 from .ref import ACTIVATIONS
+from .sp24 import Sp24
+from .sp24.dynamic import MASKS
 from .tensor import SparseTensor, values_of
 
 DENSE_ACTIVATIONS = (
@@ -79,6 +81,58 @@ def linear_layout(
     else:
         y = mm(w, tokens, bias, activation, backend, direct)
     return y if matrix else y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def dynamic_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: str = "top2",
+    decay: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x S(W)^T + bias, where S(W) is the 2:4 part of a dense W, found anew in every call.
+
+    x [..., K], weight dense [N, K] and bias [N] of one floating type (under autocast of any); returns [..., N] in
+    x's type. mask: "top2", the two of largest magnitude in each group of four along K, or "transposable", the 4 x 4
+    tiles of largest sum with two entries in each row and column, with which dX = dY S(W) is a 2:4 product as well.
+    Gradients: dW = dY^T X + decay * (W - S(W)), straight through the mask, so that removed weights may come back;
+    decay > 0 is SR-STE (Zhou et al. 2021, arXiv 2102.04010; with the transposable mask Hu et al. 2024, 2404.01847).
+    Raises ValueError for shapes, types, devices or settings that do not fit.
+    """
+    check_dynamic(mask, decay)
+    _check_is_dense(x)
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be a floating-point matrix [N, K], got {weight.dtype} {tuple(weight.shape)}")
+    if x.device != weight.device or (bias is not None and bias.device != x.device):
+        where = [str(t.device) for t in (x, weight, bias) if t is not None]
+        raise ValueError(f"x, weight and bias must be on one device, got {', '.join(where)}")
+    if _autocasts(x):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if bias is None else bias.to(x.dtype)
+    elif x.dtype != weight.dtype:
+        raise ValueError(f"x is {x.dtype}, the weight {weight.dtype}; cast one of them, or use autocast")
+    n, k = weight.shape
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x must have shape [..., K = {k}] for a weight of shape {(n, k)}, got {tuple(x.shape)}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias must have shape [N = {n}], got {tuple(bias.shape)}")
+    tokens = x if x.dim() == 2 else x.reshape(_count(x.shape[:-1]), k)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, x, bias)):
+        y = DynamicMM.apply(weight, tokens, bias, mask, decay, backend)
+    else:
+        values, metadata = PRUNE(weight.to(x.dtype), mask, backend)
+        y = mm(Sp24.from_parts(values, (metadata,), None, (n, k)), tokens, bias, "none", backend, False)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
+
+
+def check_dynamic(mask: str, decay: float) -> None:
+    """Raises ValueError for settings that `dynamic_linear` does not have."""
+    if mask not in MASKS:
+        raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
+    if not 0 <= decay < float("inf"):
+        raise ValueError(f"decay must be a number of at least 0, got {decay}")
 
 
 def conv2d(
@@ -179,17 +233,17 @@ def _count(shape: torch.Size) -> int:
 
 
 def _autocast(x: Tensor, w: Layout, bias: Tensor | None) -> tuple[Tensor, Layout, Tensor | None]:
-    device = x.device.type
-    if (
-        device == "meta"
-        or not torch.is_autocast_enabled(device)
-        or not x.is_floating_point()
-        or x.dtype == torch.float64
-    ):
+    if not _autocasts(x):
         return x, w, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     values = w.values if w.values.dtype in QUANTISED else w.values.to(dtype)
     return x.to(dtype), w.with_values(values), None if bias is None else bias.to(dtype)
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def _check_is_dense(x: Any) -> None:

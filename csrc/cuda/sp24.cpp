@@ -46,4 +46,28 @@ void bind_sp24_cuda(py::module_& m) {
             .streamed = streamed,
             .stream = stream});
     });
+    m.def("sp24_repack", [](int from, int type, int n, int k, uint64_t dense, int64_t dense_stride, uint64_t mask,
+                            int64_t mask_stride, uint64_t values, uint64_t metadata, uint64_t fragments,
+                            uint64_t to_fragments, uint64_t to_transposed, uint64_t to_values, uint64_t to_metadata,
+                            uint64_t to_dense, int64_t to_dense_stride, uint64_t first, uint64_t stream) {
+        repack({.from = from,
+                .type = type,
+                .n = n,
+                .k = k,
+                .dense = dense,
+                .mask = mask,
+                .values = values,
+                .metadata = metadata,
+                .fragments = fragments,
+                .dense_stride = dense_stride,
+                .mask_stride = mask_stride,
+                .to_fragments = to_fragments,
+                .to_transposed = to_transposed,
+                .to_values = to_values,
+                .to_metadata = to_metadata,
+                .to_dense = to_dense,
+                .to_dense_stride = to_dense_stride,
+                .first = first,
+                .stream = stream});
+    });
 }

@@ -37,6 +37,18 @@ SK_DEVICE To bits_as(From value) {
     return out;
 }
 
+// Four bytes of the eight in `low` and `high` (numbered 0..3 and 4..7), one for each nibble of `selector`.
+SK_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+#if SK_GPU
+    return __byte_perm(low, high, selector);
+#else
+    const uint64_t bytes = low | uint64_t{high} << 32;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+#endif
+}
+
 SK_DEVICE float bf16_to_float(uint16_t bits) { return bits_as<float>(uint32_t{bits} << 16); }
 
 #if !SK_GPU

@@ -202,4 +202,13 @@ SK_DEVICE uint32_t announce(uint32_t* counter) {
 #endif
 }
 
+// *p becomes the smaller of *p and `value`.
+SK_DEVICE void keep_smallest(uint64_t* p, uint64_t value) {
+#if SK_GPU
+    atomicMin(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value));
+#else
+    if (value < *p) *p = value;
+#endif
+}
+
 }  // namespace sk::device

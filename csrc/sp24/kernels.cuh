@@ -39,6 +39,20 @@ struct MmCall {
 // Y[M, N] = epilogue(X[M, K] W[N, K]^T); throws std::runtime_error where the launch fails.
 void mm(const MmCall& call);
 
+// One pass over a weight from one of its forms to any others (pack.cuh); addresses that are 0 are not wanted.
+struct RepackCall {
+    int from;  // pack.cuh's From: 0 top2, 1 strict, 2 mask, 3 transposable, 4 sample, 5 canonical, 6 fragments
+    int type, n, k;
+    uint64_t dense, mask, values, metadata, fragments;
+    int64_t dense_stride, mask_stride;  // elements
+    uint64_t to_fragments, to_transposed, to_values, to_metadata, to_dense;
+    int64_t to_dense_stride;
+    uint64_t first;  // two 64-bit words, all ones before: the first crowded group of W, and of W^T
+    uint64_t stream;
+};
+
+void repack(const RepackCall& call);
+
 // Each family lists its kernels for one operand type (sparsekern/_ext.py's number) and runs one of them. They are
 // compiled type by type: setup.py defines SK_TYPE.
 template <int kType>
@@ -53,5 +67,7 @@ template <int kType>
 void run_mm_sm80(int index, const MmCall& call);
 template <int kType>
 void run_decode(int index, const MmCall& call);
+template <int kType>
+void run_repack(const RepackCall& call);
 
 }  // namespace sk::sp24

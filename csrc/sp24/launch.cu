@@ -37,4 +37,14 @@ void mm(const MmCall& call) {
     });
 }
 
+void repack(const RepackCall& call) {
+    switch (call.type) {  // 16-bit types share their kernels, and so do 8-bit ones
+        case 1:
+        case 2: return run_repack<1>(call);
+        case 3:
+        case 4: return run_repack<3>(call);
+        default: throw std::runtime_error("sp24_repack: no kernel for type " + std::to_string(call.type));
+    }
+}
+
 }  // namespace sk::sp24

@@ -3,10 +3,12 @@
 from .base import SparseModule, dense_state_dict
 from .conv import SparseConv2d, WeightSparseConv2d
 from .convert import convert_, to_dense_
+from .dynamic import DynamicSparseLinear
 from .linear import SparseLinear
 from .report import Report
 
 __all__ = [
+    "DynamicSparseLinear",
     "Report",
     "SparseConv2d",
     "SparseLinear",

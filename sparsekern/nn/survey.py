@@ -21,6 +21,7 @@ from ..layout import FLOATS
 from ..prune.mask import Mask, mask_of
 from ..tensor import SparseTensor
 from .base import SparseModule
+from .dynamic import DynamicSparseLinear
 from .report import SKIPPED, SPARSE, Row
 
 Filter = Callable[[nn.Module, str], bool]
@@ -223,6 +224,8 @@ def _class_name(module: nn.Module) -> str:
 def _why_not_class(module: nn.Module) -> str | None:
     cls = parametrize.type_before_parametrizations(module)
     base = next(kind for kind in KINDS if isinstance(module, kind))
+    if cls is DynamicSparseLinear:
+        base = cls
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy and not initialised yet: run the model once"
     for name in _BEHAVIOUR:
@@ -290,6 +293,8 @@ def _parameter(module: Any) -> nn.Parameter | None:
 
 def _plain(module: Any) -> tuple[nn.Module, str]:
     """The module, or a plain layer with its masked weight; and what was done to get it."""
+    if isinstance(module, DynamicSparseLinear):
+        return plain_twin(module, module.packed().to_dense()), f"{module.mask} mask frozen"
     if mask_of(module) is not None:
         return plain_twin(module, module.weight.detach()), "mask made permanent"
     if "weight_orig" in module._parameters:

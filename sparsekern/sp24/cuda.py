@@ -24,7 +24,7 @@ from .._ext import (
 from .._plan import plan
 from .._workspace import workspace
 from ..ref import out_dtype
-from . import fragments
+from . import fragments, repack
 from .config import Choice, Kernel, candidates
 from .layout import Sp24
 
@@ -72,16 +72,32 @@ def mm(
         return y
     if k == 0:
         raise NotImplementedError("a weight without columns has no CUDA kernel")
+    return _product(packed(layout), layout.scale, x, y, bias, activation, x_scale, residual, how)
+
+
+def _product(
+    weight: Tensor,
+    scale: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    x_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    how: Choice | None = None,
+) -> Tensor:
+    """`mm` into y [M, N] by a weight in fragment order of x's type; none of the sizes is 0."""
+    (m, n), dtype = y.shape, CUDA_DTYPES[x.dtype]
     x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
-    how = how or choice(layout, x)
-    kernel = kernels(CUDA_DTYPES[dtype])[how.kernel]
+    how = how or _choose(n, x)
+    kernel = kernels(dtype)[how.kernel]
     scratch = _scratch(x, kernel, how)
     bias = known_bias(bias)
-    residual = None if residual is None else unit_rows(residual.to(out))
+    residual = None if residual is None else unit_rows(residual.to(y.dtype))
     cuda().sp24_mm(
         how.kernel,
-        CUDA_DTYPES[dtype],
-        packed(layout).data_ptr(),
+        dtype,
+        weight.data_ptr(),
         n,
         x.shape[1],
         x.data_ptr(),
@@ -89,8 +105,8 @@ def mm(
         x.stride(0),
         y.data_ptr(),
         n,
-        CUDA_DTYPES[out],
-        0 if layout.scale is None else layout.scale.data_ptr(),
+        CUDA_DTYPES[y.dtype],
+        0 if scale is None else scale.data_ptr(),
         0 if x_scale is None else x_scale.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else CUDA_DTYPES[bias.dtype],
@@ -109,24 +125,86 @@ def mm(
 
 
 def mm_t(layout: Sp24, dy: Tensor) -> Tensor:
-    """dX = dY W: dy [M, N] -> [M, K]. W is decompressed for cuBLAS: groups of four lie along K, not along N."""
-    return dy @ layout.unpack()
+    """dX = dY W: dy [M, N] -> [M, K].
+
+    Where W^T is 2:4 as well (a transposable mask), `mm` of its fragments; else W is decompressed for cuBLAS.
+    """
+    (n, k), m = layout.shape, dy.shape[0]
+    if min(m, n, k) > 0 and transposable(layout):
+        return _product(packed_t(layout), None, dy, dy.new_empty(m, k))
+    return dy @ repack.unpack(layout)
 
 
 def sddmm(layout: Sp24, dy: Tensor, x: Tensor) -> Tensor:
-    """dW = dY^T X at the stored positions: dy [M, N], x [M, K] -> [N, Kp / 2], gathered from cuBLAS's product."""
-    return layout.sample(dy.t() @ x)
+    """dW = dY^T X at the stored positions: dy [M, N], x [M, K] -> [N, Kp / 2].
+
+    cuBLAS forms the dense gradient in slices of rows that stay in the second-level cache, and a kernel gathers each
+    slice before the next one takes its place: the dense gradient never lies in memory as a whole.
+    """
+    n, k = layout.shape
+    dvalues = layout.values.new_empty(layout.values.shape)
+    step = min(n, slice_rows(k, x.element_size()))
+    scratch = x.new_empty(step, k)
+    for first in range(0, n, max(step, 1)):
+        last = min(first + step, n)
+        dense = torch.mm(dy[:, first:last].t(), x, out=scratch[: last - first])
+        repack.sample(layout.metadata[first:last], dense, dvalues[first:last])
+    return dvalues
+
+
+SLICE = 32 << 20  # bytes of the dense gradient at a time: less than the second-level cache of the cards since Ampere
+
+
+def slice_rows(k: int, itemsize: int) -> int:
+    """How many rows of the dense gradient are formed at a time: whole blocks of rows, at least one."""
+    return max(1, SLICE // max(1, k * itemsize) // fragments.BLOCK_ROWS) * fragments.BLOCK_ROWS
 
 
 def packed(layout: Sp24) -> Tensor:
     """The weight in fragment order, kept beside its values and renewed in place when they change."""
+    return plan(
+        layout.values,
+        _key("sp24.fragments", layout),
+        lambda: repack.to_fragments(layout),
+        lambda old: repack.to_fragments(layout, old),
+    )
+
+
+def packed_t(layout: Sp24) -> Tensor:
+    """W^T in fragment order, kept like `packed`. For a transposable mask and 16-bit values."""
+    return plan(
+        layout.values,
+        _key("sp24.fragments_t", layout),
+        lambda: repack.transpose(layout),
+        lambda old: repack.transpose(layout, old),
+    )
+
+
+def transposable(layout: Sp24) -> bool:
+    """Whether W^T is 2:4 as well, whatever the values; found out once for each mask, which waits for the GPU."""
+    if layout.values.dtype.itemsize != 2:
+        return False
+
+    def make() -> bool:
+        ones = layout.with_values(torch.ones_like(layout.values))
+        first = repack.no_crowd(layout.values)
+        repack.transpose(ones, first=first)
+        return int(first[1]) == -1
+
+    return plan(layout.metadata, ("sp24.transposable", layout.shape), make)
+
+
+def adopt(layout: Sp24, weight: Tensor, weight_t: Tensor | None) -> None:
+    """Keeps fragments that were made together with a layout, of W and, where its mask is transposable, of W^T."""
+    plan(layout.values, _key("sp24.fragments", layout), lambda: weight)
+    if weight_t is not None:
+        plan(layout.values, _key("sp24.fragments_t", layout), lambda: weight_t)
+    plan(layout.metadata, ("sp24.transposable", layout.shape), lambda: weight_t is not None)
+
+
+def _key(name: str, layout: Sp24) -> tuple[object, ...]:
     metadata = layout.metadata
-    key = ("sp24.fragments", layout.shape, metadata.data_ptr(), -1 if metadata.is_inference() else metadata._version)
-
-    def again(old: Tensor) -> Tensor:
-        return old.copy_(fragments.pack(layout))
-
-    return plan(layout.values, key, lambda: fragments.pack(layout), again)
+    return name, layout.shape, metadata.data_ptr(), -1 if metadata.is_inference() else metadata._version
 
 
 @cache
@@ -137,11 +215,14 @@ def kernels(dtype: int) -> tuple[Kernel, ...]:
 
 def choice(layout: Sp24, x: Tensor) -> Choice:
     """The heuristic's choice for this product."""
-    (n, k), dtype = layout.shape, layout.values.dtype
+    return _choose(layout.shape[0], x)
+
+
+def _choose(n: int, x: Tensor) -> Choice:
     aligned = (x.data_ptr() | x.stride(0) * x.element_size()) % 16 == 0
     card = 90 if emulating() else capability(x.device)
-    shape = (x.shape[0], n, -(-k // fragments.block_k(dtype)))
-    return _choice(CUDA_DTYPES[dtype], *shape, card, multiprocessors(x.device), aligned)
+    shape = (x.shape[0], n, -(-x.shape[1] // fragments.block_k(x.dtype)))
+    return _choice(CUDA_DTYPES[x.dtype], *shape, card, multiprocessors(x.device), aligned)
 
 
 @lru_cache(maxsize=4096)
