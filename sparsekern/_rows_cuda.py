@@ -290,7 +290,7 @@ def _cut(cost: Tensor, target: float, device: torch.device) -> _Items:
         bounds, done = [begin], 0.0
         for i in range(begin, end):
             done += costs[i]
-            # A cut where the share that is done comes closest, with a slice left for each part to come.
+            # A cut where the parts so far have their share of the whole, and something is left.
             if len(bounds) < parts and done >= total * len(bounds) / parts and i + 1 < end:
                 bounds.append(i + 1)
         bounds.append(end)
