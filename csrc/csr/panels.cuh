@@ -23,7 +23,7 @@ constexpr int kPanelBytes = 128;  // of a row of a panel
 constexpr int kTileK = 512;       // rows of a slice: the byte offset of a row inside of it fits 16 bits
 constexpr int kSubwarp = 8;       // lanes that share a row of W: 16 bytes of a panel's row each
 
-SK_DEVICE constexpr int panel_tokens(Type t) { return kPanelBytes / device::bytes_of(t); }
+SK_ANYWHERE constexpr int panel_tokens(Type t) { return kPanelBytes / device::bytes_of(t); }
 
 struct Panels {
     const char* x;
