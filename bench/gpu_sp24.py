@@ -76,6 +76,7 @@ def ours(packed: list[Any], x: Tensor, **options: Any) -> dict[str, list[Call]]:
     n, k = layout.shape
     table = sp24_cuda.kernels(_ext.CUDA_DTYPES[layout.values.dtype])
     card = {"capability": _ext.capability(x.device), "processors": _ext.multiprocessors(x.device), "aligned": True}
+    card["fp8"] = layout.values.dtype == FP8
     found = config.candidates(table, m, n, -(-k // fragments.block_k(layout.values.dtype)), **card)
 
     def calls(how: config.Choice | None) -> list[Call]:

@@ -54,7 +54,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "gpu": _gpu(),
+        "gpu": _gpu() or "none",
         "triton": _version("triton"),
         "sparsekern": _version("sparsekern"),
         "commit": _commit(),

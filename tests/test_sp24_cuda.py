@@ -158,6 +158,17 @@ def test_through_the_public_call(emulated: ModuleType) -> None:
         assert_close(got, want)
 
 
+def test_fp8_on_hopper_is_multiplied_by_wgmma(emulated_once: ModuleType) -> None:
+    """Of few tokens and of rows that TMA cannot take, too: they are copied."""
+    for k in (128, 68, 33):
+        layout, x = weight(70, k, FP8, scale=True), tokens(5, k + 3, FP8)[:, :k]
+        y = cuda.mm(layout, x, None, "none", out=torch.float32)
+        assert error(y, x.double() @ dense_of(layout).t()) < TOLERANCE[torch.float32]
+    kernels = cuda.kernels(CUDA_DTYPES[FP8])
+    options = {"capability": 90, "processors": 132, "aligned": True, "fp8": True}
+    assert {kernels[c.kernel].family for c in config.candidates(kernels, 1, 4096, 32, **options)} == {"mm_sm90"}
+
+
 def test_fragments_follow_the_values(emulated: ModuleType) -> None:
     layout, x = weight(64, 64, torch.bfloat16), tokens(4, 64, torch.bfloat16)
     before = cuda.mm(layout, x, None, "none")

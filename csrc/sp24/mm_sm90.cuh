@@ -27,7 +27,7 @@ struct MmSm90 {
     static constexpr int kM = kM_, kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
     static constexpr int kWarpgroups = 2, kThreads = 128 * (1 + kWarpgroups);
     // Sets of fragments: 8-bit blocks have two words of metadata, and two blocks of them ahead do not fit.
-    static constexpr int kAhead = kM == 2 && kTokens >= 128 && !device::is_wide(T) ? 1 : 2, kSets = kAhead + 1;
+    static constexpr int kAhead = kM * kTokens >= 256 && !device::is_wide(T) ? 1 : 2, kSets = kAhead + 1;
     static constexpr int kRows = kWarpgroups * kM * kBlockRows;
     static constexpr int kStageBytes = kTokens * 128;
     static constexpr int kStagingTokens = kTokens < 128 ? kTokens : 128;

@@ -39,12 +39,20 @@ class Choice:
 
 
 def candidates(
-    kernels: Sequence[Kernel], m: int, n: int, k_blocks: int, *, capability: int, processors: int, aligned: bool
+    kernels: Sequence[Kernel],
+    m: int,
+    n: int,
+    k_blocks: int,
+    *,
+    capability: int,
+    processors: int,
+    aligned: bool,
+    fp8: bool = False,
 ) -> list[Choice]:
     """Every legal choice for Y[M, N] = X[M, K] W[N, K]^T, the cheapest first.
 
     capability: ten times the compute capability (90); processors: SMs; aligned: every row of x begins at a multiple
-    of 16 bytes, which TMA needs.
+    of 16 bytes, which TMA needs; fp8: Hopper multiplies it by wgmma alone (its mma.sp would convert to 16 bits).
     """
     card = max(arch for arch in SHARED if arch <= capability)
     found = []
@@ -52,6 +60,8 @@ def candidates(
         if kernel.shared_bytes > SHARED[card] * 1024:
             continue
         if kernel.family == "mm_sm90" and not (capability == 90 and aligned):
+            continue
+        if kernel.family != "mm_sm90" and capability == 90 and fp8:
             continue
         if kernel.family != "decode":
             found += _mm(number, kernel, m, n, k_blocks, processors)

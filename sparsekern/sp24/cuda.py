@@ -89,6 +89,8 @@ def _product(
     """`mm` into y [M, N] by a weight in fragment order of x's type; none of the sizes is 0."""
     (m, n), dtype = y.shape, CUDA_DTYPES[x.dtype]
     x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
+    if x.dtype == FP8 and not _aligned(x) and _card(x) == 90:
+        x = torch.nn.functional.pad(x.view(torch.uint8), (0, -x.shape[1] % 16)).clone().view(FP8)
     how = how or _choose(n, x)
     kernel = kernels(dtype)[how.kernel]
     scratch = _scratch(x, kernel, how)
@@ -219,15 +221,31 @@ def choice(layout: Sp24, x: Tensor) -> Choice:
 
 
 def _choose(n: int, x: Tensor) -> Choice:
-    aligned = (x.data_ptr() | x.stride(0) * x.element_size()) % 16 == 0
-    card = 90 if emulating() else capability(x.device)
     shape = (x.shape[0], n, -(-x.shape[1] // fragments.block_k(x.dtype)))
-    return _choice(CUDA_DTYPES[x.dtype], *shape, card, multiprocessors(x.device), aligned)
+    return _choice(CUDA_DTYPES[x.dtype], *shape, _card(x), multiprocessors(x.device), _aligned(x))
+
+
+def _card(x: Tensor) -> int:
+    return 90 if emulating() else capability(x.device)
+
+
+def _aligned(x: Tensor) -> bool:
+    return (x.data_ptr() | x.stride(0) * x.element_size()) % 16 == 0
 
 
 @lru_cache(maxsize=4096)
 def _choice(dtype: int, m: int, n: int, k_blocks: int, card: int, processors: int, aligned: bool) -> Choice:
-    return candidates(kernels(dtype), m, n, k_blocks, capability=card, processors=processors, aligned=aligned)[0]
+    found = candidates(
+        kernels(dtype),
+        m,
+        n,
+        k_blocks,
+        capability=card,
+        processors=processors,
+        aligned=aligned,
+        fp8=dtype == CUDA_DTYPES[FP8],
+    )
+    return found[0]
 
 
 def _scratch(x: Tensor, kernel: Kernel, how: Choice) -> tuple[Tensor, Tensor]:
