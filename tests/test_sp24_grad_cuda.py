@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import ModuleType
-
 import pytest
 import torch
-from emulator.build import build
 
-from sparsekern import _ext, testing
+from sparsekern import testing
 from sparsekern._library import MM_T, SDDMM
 from sparsekern.nn import DynamicSparseLinear
 from sparsekern.sp24 import cuda, dynamic, fragments, pack, repack
@@ -17,22 +13,9 @@ from sparsekern.sp24.pack import prune_mask, transposable_mask
 from sparsekern.testing import assert_close, random_dense, reference_mm_t, reference_sddmm
 
 WIDE = (torch.bfloat16, torch.float16)
-SCHEDULES = (("ascending", 0), ("descending", 0), ("random", 3))
 SHAPES = ((64, 64), (72, 136), (20, 36), (1, 8))
+pytestmark = pytest.mark.usefixtures("emulated")
 types = pytest.mark.parametrize("dtype", WIDE, ids=str)
-
-
-@pytest.fixture(scope="module")
-def emulator() -> ModuleType:
-    return build()
-
-
-@pytest.fixture(autouse=True, params=SCHEDULES, ids=lambda s: s[0])
-def emulated(emulator: ModuleType, request: pytest.FixtureRequest) -> Iterator[None]:
-    emulator.set_schedule(*request.param)
-    _ext.emulate(emulator)
-    yield
-    _ext.emulate(None)
 
 
 def weight(n: int, k: int, dtype: torch.dtype, mask: str) -> torch.Tensor:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations, product
-from types import ModuleType
 
 import pytest
 import torch
-from emulator.build import build
 from torch import Tensor
 
 from sparsekern import _ext, testing
@@ -16,28 +13,10 @@ from sparsekern._ext import FP8
 from sparsekern.sp24 import Sp24, fragments, repack
 from sparsekern.sp24.pack import _pack_device, pack, prune_mask, transposable_mask
 
-SCHEDULES = (("ascending", 0), ("descending", 0), ("random", 1), ("random", 2))
+pytestmark = pytest.mark.usefixtures("emulated")
 WIDE, NARROW = (torch.bfloat16, torch.float16), (torch.int8, FP8)
 ALL = (*WIDE, *NARROW)
 SHAPES = ((1, 8), (1, 4), (3, 1), (65, 12), (64, 64), (70, 136), (130, 97), (16, 250))
-schedules = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s[0]}{s[1]}")
-
-
-@pytest.fixture(scope="module")
-def emulator() -> ModuleType:
-    return build()
-
-
-@pytest.fixture(autouse=True)
-def emulated(emulator: ModuleType) -> Iterator[None]:
-    emulator.set_schedule("ascending", 0)
-    _ext.emulate(emulator)
-    yield
-    _ext.emulate(None)
-
-
-def use(schedule: tuple[str, int]) -> None:
-    _ext.cuda().set_schedule(*schedule)
 
 
 def raw(t: Tensor) -> Tensor:
@@ -81,11 +60,9 @@ def check_layout(made: repack.Packed, w: Tensor, keep: Tensor) -> None:
         assert torch.equal(made.fragments, fragments.pack(layout))
 
 
-@schedules
 @pytest.mark.parametrize("dtype", ALL, ids=str)
-def test_top2(dtype: torch.dtype, schedule: tuple[str, int]) -> None:
-    use(schedule)
-    for n, k in SHAPES if schedule[0] == "ascending" else SHAPES[5:]:
+def test_top2(dtype: torch.dtype) -> None:
+    for n, k in SHAPES:
         w = random(n, k, dtype)
         made = repack.pack(w, "top2", fragments=True)
         check_layout(made, w, prune_mask(w.float()) & (w.float() != 0))
@@ -123,11 +100,9 @@ def test_all_magnitudes_of_int8_and_fp8() -> None:
             assert torch.equal(made.metadata, pack(w, prune=True).metadata)
 
 
-@schedules
 @pytest.mark.parametrize("dtype", ALL, ids=str)
-def test_strict(dtype: torch.dtype, schedule: tuple[str, int]) -> None:
+def test_strict(dtype: torch.dtype) -> None:
     """The six patterns and the degenerate groups; the first group with three nonzeros is told."""
-    use(schedule)
     keeps = [sum(1 << i for i in c) for size in (0, 1, 2) for c in combinations(range(4), size)]
     bits = torch.tensor([[b >> i & 1 for i in range(4)] for b in keeps], dtype=torch.bool)
     keep = bits[torch.randint(0, len(keeps), (67, 35), generator=testing.generator(3))].flatten(1)
@@ -168,12 +143,10 @@ def test_from_a_mask(dtype: torch.dtype) -> None:
     assert int(first[0]) == 4
 
 
-@schedules
 @pytest.mark.parametrize("dtype", ALL, ids=str)
-def test_roads_there_and_back(dtype: torch.dtype, schedule: tuple[str, int]) -> None:
+def test_roads_there_and_back(dtype: torch.dtype) -> None:
     """canonical -> fragments -> canonical and dense, against the permutations in torch."""
-    use(schedule)
-    for n, k in SHAPES if schedule[0] == "ascending" else SHAPES[5:]:
+    for n, k in SHAPES:
         w = random(n, k, dtype, seed=6)
         made = repack.pack(w, "top2")
         layout = Sp24(values=made.values, metadata=made.metadata, shape=(n, k))
@@ -190,10 +163,8 @@ def test_roads_there_and_back(dtype: torch.dtype, schedule: tuple[str, int]) -> 
         assert torch.equal(out, order)
 
 
-@schedules
-def test_nothing_is_written_elsewhere(schedule: tuple[str, int]) -> None:
+def test_nothing_is_written_elsewhere() -> None:
     """Outputs between guard bands, sources with gaps after their rows, nothing aligned to more than an element."""
-    use(schedule)
     for dtype, (n, k) in product((torch.bfloat16, torch.int8), ((65, 64), (3, 132), (66, 67))):
         w = testing.guarded(random(n, k, dtype, seed=7), gap=3).tensor
         expected = repack.pack(w.contiguous(), "top2")
@@ -216,11 +187,9 @@ def test_sample(dtype: torch.dtype) -> None:
         assert torch.equal(out, layout.sample(dense))
 
 
-@schedules
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_transposable(dtype: torch.dtype, schedule: tuple[str, int]) -> None:
+def test_transposable(dtype: torch.dtype) -> None:
     """The mask that plain torch finds, and W and W^T both packed by it."""
-    use(schedule)
     for n, k in ((4, 8), (64, 64), (65, 68), (72, 132), (6, 10)):
         w = random(n, k, dtype, seed=10)
         keep = transposable_mask(w)

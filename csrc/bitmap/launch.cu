@@ -81,6 +81,9 @@ void mm(const MmCall& c) {
     p.k = c.k;
     p.row_blocks = p.streamed = (c.n + kTileRows - 1) / kTileRows;
     p.k_blocks = (c.k + kTileColumns - 1) / kTileColumns;
+    if (!device::fits(p.streamed, p.k_blocks, c.workers)) {
+        throw std::runtime_error("bitmap_mm: too much work for one launch");
+    }
     p.x_align = all % 16 == 0 ? 16 : all % 8 == 0 ? 8 : 4;
     p.partials = pointer<float>(c.partials);
     p.counters = pointer<uint32_t>(c.counters);
