@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/isa.h"
+#include "core/parallel.h"
 
 namespace py = pybind11;
 
@@ -39,6 +40,7 @@ PYBIND11_MODULE(_host, m) {
             if (name == sk::kIsaNames[i]) return sk::set_active_isa(sk::Isa(i));
         throw py::value_error("unknown instruction set '" + name + "'");
     });
+    m.def("share_threads", [](uintptr_t entry) { sk::share_threads(reinterpret_cast<sk::OpenMp>(entry)); });
     bind_csr(m);
     bind_conv(m);
     bind_bsr(m);

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import warnings
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -44,8 +46,21 @@ def _load_fitting(name: str, what: str, compiler: str) -> tuple[ModuleType | Non
     return None, reason
 
 
+@cache
 def _load_host() -> tuple[ModuleType | None, str | None]:
-    return _load_fitting("_host", "CPU", "a C++ compiler")
+    module, reason = _load_fitting("_host", "CPU", "a C++ compiler")
+    if module is not None:
+        module.share_threads(openmp())
+    return module, reason
+
+
+def openmp() -> int:
+    """The address of GOMP_parallel in the OpenMP runtime that torch is linked with, 0 where there is none."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):  # another system's name, or a torch on threads of its own
+        return 0
 
 
 def host() -> ModuleType:

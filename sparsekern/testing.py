@@ -26,8 +26,8 @@ from .ref import ACTIVATIONS
 
 
 def generator(seed: int) -> torch.Generator:
-    """A CPU generator of its own: no test depends on what ran before it."""
-    return torch.Generator().manual_seed(seed)
+    """A generator of its own on torch's default device: no test depends on what ran before it."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def random_dense(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -35,10 +35,11 @@ def random_dense(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0)
 
     On torch's default device, with the same numbers on each.
     """
+    rng = torch.Generator("cpu").manual_seed(seed)
     if dtype == torch.int8:
-        made = torch.randint(-127, 128, shape, generator=generator(seed), dtype=torch.int8, device="cpu")
+        made = torch.randint(-127, 128, shape, generator=rng, dtype=torch.int8, device="cpu")
     else:
-        made = torch.randn(shape, generator=generator(seed), dtype=torch.float64, device="cpu").to(dtype)
+        made = torch.randn(shape, generator=rng, dtype=torch.float64, device="cpu").to(dtype)
     return made.to(torch.get_default_device())
 
 

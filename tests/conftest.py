@@ -176,6 +176,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not too_slow(item)]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several test processes hands its refusals to the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["refusals"] = dict(REFUSALS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    REFUSALS.update(getattr(node, "workeroutput", {}).get("refusals", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if REFUSALS:
         terminalreporter.section("cases that a backend refused, with its reason")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from cases import FOUR, Case, param
 from conftest import Backend, host_isas
 
+from sparsekern import _ext
 from sparsekern.testing import assert_close, host_isa, poisoned, random_dense, reference_mm, threads
 
 # Just above the work from which the kernels share it: (M, N, K) at density 1/2.
@@ -57,3 +61,49 @@ def test_many_callers(case: Case) -> None:
     with threads(2), ThreadPoolExecutor(4) as pool:
         for x, y in zip(xs, pool.map(lambda x: backend.mm(layout, x), xs), strict=True):
             assert_close(y, reference_mm(dense, x), torch.float32)
+
+
+ALONE = """
+import os, numpy, torch
+import sparsekern as sk
+torch.set_num_threads(3)
+w, x = sk.to_csr(torch.randn(1024, 1024)), torch.randn(64, 1024)
+big = torch.randn(4_000_000)
+{body}
+"""
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc and fork are Linux's")
+
+
+def _alone(body: str) -> str:
+    code = ALONE.format(body=body)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@LINUX
+@pytest.mark.skipif(_ext.openmp() == 0, reason="this torch has no OpenMP")
+def test_the_threads_are_those_of_torch() -> None:
+    """No second set of threads beside torch's, whose waiting threads would fight it for the cores."""
+    body = """
+tasks = lambda: len(os.listdir("/proc/self/task"))
+big.exp()
+before = tasks()
+sk.linear(x, w)
+print(before, tasks())
+"""
+    before, after = map(int, _alone(body).split())
+    assert after == before
+
+
+@LINUX
+def test_a_forked_child_works() -> None:
+    """GNU's OpenMP hangs in a child whose parent used it; our own threads take over there."""
+    body = """
+y = sk.linear(x, w).numpy()
+child = os.fork()
+if child == 0:
+    os._exit(0 if numpy.array_equal(sk.linear(x, w).numpy(), y) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert _alone(body).strip() == "0"

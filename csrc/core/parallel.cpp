@@ -86,6 +86,21 @@ private:
     int wanted_ = 0;
 };
 
+// What a team of OpenMP works on.
+struct Region {
+    void (*body)(void*, int64_t);
+    void* context;
+    int64_t tasks;
+    std::atomic<int64_t> next{0};
+
+    static void join(void* data) {
+        Region& r = *static_cast<Region*>(data);
+        for (int64_t t; (t = r.next.fetch_add(1, std::memory_order_relaxed)) < r.tasks;) r.body(r.context, t);
+    }
+};
+
+std::atomic<OpenMp> g_openmp{nullptr};
+
 // Never destroyed: its detached workers outlive static destruction. A forked child starts with a fresh one,
 // because threads do not survive fork().
 Pool* g_pool = nullptr;
@@ -101,6 +116,14 @@ Pool& pool() {
     return *g_pool;
 }
 
+// Makes sure that a forked child finds none.
+void forget_openmp_in_children() {
+#if defined(__unix__) || defined(__APPLE__)
+    static std::once_flag once;
+    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { g_openmp.store(nullptr); }); });
+#endif
+}
+
 struct Buffer {
     void* data = nullptr;
     size_t size = 0;
@@ -114,7 +137,18 @@ void parallel_run(int64_t tasks, int threads, void (*body)(void*, int64_t), void
         for (int64_t t = 0; t < tasks; ++t) body(context, t);
         return;
     }
+    if (const OpenMp openmp = g_openmp.load(std::memory_order_relaxed)) {
+        // Always a team of torch's size, even for fewer tasks: another size would end threads and start others.
+        Region region{body, context, tasks};
+        openmp(Region::join, &region, static_cast<unsigned>(threads), 0);
+        return;
+    }
     pool().run(tasks, threads, body, context);
+}
+
+void share_threads(OpenMp entry) {
+    forget_openmp_in_children();
+    g_openmp.store(entry);
 }
 
 void* scratch(int slot, size_t bytes) {

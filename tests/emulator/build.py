@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+from filelock import FileLock
 
 from sparsekern._sources import cuda_units
 
@@ -48,8 +49,10 @@ def build() -> ModuleType:
         if kind:
             lines.append(f"  more = -DSK_TYPE={kind}")
     lines.append(f"build {_escaped(out)}: link {' '.join(made)}")
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    done = subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)], capture_output=True, text=True)
+    with FileLock(folder / "lock"):  # of several test processes one builds, and the others wait
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        ninja = [sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)]
+        done = subprocess.run(ninja, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the emulator cannot be built:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
     return _load("_emulator", out)
