@@ -38,6 +38,7 @@ inline constexpr int64_t kSubRows = 32;      // rows of W expanded at a time: tw
 inline constexpr int64_t kMostRows = 128;    // rows of a task: their sums and a strip of X fit the second cache
 inline constexpr int64_t kGroup = 32;        // tokens multiplied at a time: two tiles
 inline constexpr int64_t kWideSteps = 16;    // 64-byte steps of K that one visit to a row of W expands
+inline constexpr int64_t kFewSteps = 4;      // the same where few tokens follow: both strips stay in the first cache
 inline constexpr int64_t kTileTokens = 512;  // tokens packed at a time
 
 // X in tile order. A tile is 16 dwords of K by `width` tokens; a strip of `deep` such steps holds, for every half group
@@ -129,11 +130,18 @@ inline void tiles_end(float* c) {
     if constexpr (Two) tile_store<1>(c + 16, 128), tile_store<3>(c + 16 * kGroup + 16, 128);
 }
 
+// Prefetches W where an expanding row will be two visits later, one line at a time: a burst would fill the few miss
+// buffers of the first cache, and everything would wait. `bytes`: what a step reads, about.
+template <int64_t kCount>
+inline void ask_ahead(const char* v, int64_t s, int64_t bytes) {
+    if (s * bytes % 64 < bytes) prefetch_near(v + 2 * kCount * bytes);
+}
+
 // Source: static constexpr int kPlanes (of W), kSteps (64-byte steps of K in a strip; kPlanes * kSteps <= 16, a divisor
-// of kWideSteps); `Rows rows(row, count)`, whose expand(r, step, char* tiles) writes row r of the strip that begins
-// with `step`, at tiles + (s * kPlanes + plane) * 2 * kTile for every step s, zeros behind the end, in ascending order
-// of strips; false where a value does not split. Its ask(r, step) prefetches what the kWideSteps steps from there will
-// read.
+// of kWideSteps and a multiple of kFewSteps); `Rows rows(row, count)`, whose expand<kCount, kAsk>(r, step, char* tiles)
+// writes kCount steps of row r from `step` on, at tiles + (s * kPlanes + plane) * 2 * kTile for every step s, zeros
+// behind the end, in ascending order of steps; false where a value does not split; with kAsk it asks ahead. Its
+// ask(r, step) prefetches what the kWideSteps steps from there will read.
 template <class Source, int PX, bool Two, bool Int>
 struct TileBlock {
     static constexpr int PW = Source::kPlanes;
@@ -149,14 +157,17 @@ struct TileBlock {
     int64_t real(int64_t sub) const { return least(kSubRows, rows - sub * kSubRows); }
     float* sums(int64_t sub, int64_t g) const { return c + (g * subs() + sub) * kSubRows * kGroup; }
 
+    // `strips` strips of kCount steps.
+    template <int64_t kCount, bool kAsk>
     void expand(int64_t sub, int64_t step, int64_t strips, char* a) {
+        constexpr int64_t kBytes = kCount * PW * 2 * kTile;
         const int64_t count = real(sub);
         for (int64_t r = 0; r < count; ++r)
-            for (int64_t i = 0; i < strips && step + i * kSteps < x.steps; ++i)
-                fits &=
-                    state.expand(sub * kSubRows + r, step + i * kSteps, a + i * kStrip + r / 16 * kTile + r % 16 * 64);
+            for (int64_t i = 0; i < strips && step + i * kCount < x.steps; ++i)
+                fits &= state.template expand<kCount, kAsk>(sub * kSubRows + r, step + i * kCount,
+                                                            a + i * kBytes + r / 16 * kTile + r % 16 * 64);
         if (count == kSubRows) return;
-        for (int64_t t = 0; t < strips * kSteps * PW; ++t)
+        for (int64_t t = 0; t < strips * kCount * PW; ++t)
             for (int64_t r = count; r < kSubRows; ++r)
                 _mm512_store_si512(a + t * 2 * kTile + r / 16 * kTile + r % 16 * 64, _mm512_setzero_si512());
     }
@@ -165,15 +176,9 @@ struct TileBlock {
     void one_group(char* a) {
         for (int64_t sub = 0; sub < subs(); ++sub) {
             tiles_begin<Two>(nullptr, true);
-            for (int64_t step = 0; step < x.steps; step += kSteps) {
-                if (step % kWideSteps == 0) {
-                    const bool last = step + kWideSteps >= x.steps;
-                    const int64_t next = last ? sub + 1 : sub;
-                    for (int64_t r = 0; next < subs() && r < real(next); ++r)
-                        state.ask(next * kSubRows + r, last ? 0 : step + kWideSteps);
-                }
-                expand(sub, step, 1, a);
-                tile_steps<PW, PX, Two, Int>(a, x, 0, step, least(kSteps, x.steps - step));
+            for (int64_t step = 0; step < x.steps; step += kFewSteps) {
+                expand<kFewSteps, true>(sub, step, 1, a);
+                tile_steps<PW, PX, Two, Int>(a, x, 0, step, least(kFewSteps, x.steps - step));
             }
             tiles_end<Two>(sums(sub, 0));
         }
@@ -183,7 +188,8 @@ struct TileBlock {
     // next.
     void many_groups(char* a) {
         for (int64_t wide = 0; wide < x.steps; wide += kWideSteps) {
-            for (int64_t sub = 0; sub < subs(); ++sub) expand(sub, wide, kTogether, a + sub * kTogether * kStrip);
+            for (int64_t sub = 0; sub < subs(); ++sub)
+                expand<kSteps, false>(sub, wide, kTogether, a + sub * kTogether * kStrip);
             for (int64_t i = 0; i < kTogether && wide + i * kSteps < x.steps; ++i)
                 for (int64_t sub = 0; sub < subs(); ++sub) {
                     const int64_t step = wide + i * kSteps;

@@ -12,36 +12,42 @@ template <Dtype T, bool Quad>
 struct Expander {
     static constexpr int kPlanes = planes_of(T);
     static constexpr int64_t kSteps = Quad ? 8 : kPlanes == 3 ? 4 : 16 / kPlanes;  // at most 64 bytes of metadata
-    static constexpr int64_t kMetaStep = Quad ? 8 : 4, kSize = size_of(T);
+    static constexpr int64_t kMetaStep = Quad ? 8 : 4, kSize = size_of(T), kStepBytes = kMetaStep * 4 * kSize;
     const Sp24& w;
 
     struct Rows {
         const Sp24& w;
         int64_t row, metas;
+        alignas(64) uint8_t masks[kMostRows][64];  // of every row, the bits of the metadata's present 64 bytes
 
         void ask(int64_t r, int64_t step) const {
             const int64_t at = (row + r) * metas + step * kMetaStep;
             const char* v = static_cast<const char*>(w.values) + at * 4 * kSize;
-            for (int64_t i = 0; i < kWideSteps * kMetaStep * 4 * kSize; i += 64) prefetch(v + i);
+            for (int64_t i = 0; i < kWideSteps * kStepBytes; i += 64) prefetch(v + i);
             for (int64_t i = 0; i < kWideSteps * kMetaStep; i += 64) prefetch(w.meta + at + i);
         }
 
-        bool expand(int64_t r, int64_t step, char* tiles) const {
-            const int64_t at = step * kMetaStep, bytes = least(kSteps * kMetaStep, metas - at);
-            const uint8_t* meta = w.meta + (row + r) * metas + at;
+        template <int64_t kCount, bool kAsk>
+        bool expand(int64_t r, int64_t step, char* tiles) {
+            const int64_t at = step * kMetaStep, bytes = least(kCount * kMetaStep, metas - at);
             const char* v = static_cast<const char*>(w.values) + ((row + r) * metas + at) * 4 * kSize;
-            alignas(64) uint8_t masks[64];
-            sp24_masks(meta, bytes, masks);
+            if (at % 64 == 0) {
+                const uint8_t* meta = w.meta + (row + r) * metas + at;
+                if constexpr (kAsk) prefetch_near(meta + 64);
+                sp24_masks(meta, least(64, metas - at), masks[r]);
+            }
+            const uint8_t* mask = masks[r] + at % 64;
             bool fits = true;
-            for (int64_t s = 0; s < kSteps; ++s) {
+            for (int64_t s = 0; s < kCount; ++s) {
+                if constexpr (kAsk) ask_ahead<kCount>(v + s * kStepBytes, s, kStepBytes);
                 const int64_t left = bytes - s * kMetaStep;
                 char* to = tiles + s * kPlanes * 2 * kTile;
                 if (left >= kMetaStep) {
-                    fits &= put(masks + s * kMetaStep, v + s * kMetaStep * 4 * kSize, to);
+                    fits &= put(mask + s * kMetaStep, v + s * kStepBytes, to);
                 } else {  // the end of the row: nothing behind it may be read
-                    alignas(64) char part[kMetaStep * 4 * kSize] = {};
-                    if (left > 0) __builtin_memcpy(part, v + s * kMetaStep * 4 * kSize, size_t(left * 4 * kSize));
-                    fits &= put(masks + s * kMetaStep, part, to);
+                    alignas(64) char part[kStepBytes] = {};
+                    if (left > 0) __builtin_memcpy(part, v + s * kStepBytes, size_t(left * 4 * kSize));
+                    fits &= put(mask + s * kMetaStep, part, to);
                 }
             }
             return fits;
@@ -79,7 +85,7 @@ struct Expander {
         }
     };
 
-    Rows rows(int64_t row, int64_t) const { return {w, row, w.groups() / 2}; }
+    Rows rows(int64_t row, int64_t) const { return {w, row, w.groups() / 2, {}}; }
 };
 
 }  // namespace
