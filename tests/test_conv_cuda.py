@@ -108,7 +108,7 @@ def test_geometries(emulated: ModuleType, case: tuple, last: bool) -> None:
 
 
 @geometries
-def test_who_brings_the_windows(emulated_once: ModuleType, case: tuple) -> None:
+def test_who_brings_the_windows(emulated: ModuleType, case: tuple) -> None:
     """What the table says of each geometry: the TMA where it can, and the answer does not depend on it."""
     g, x = geometry(case), images(case, 2, torch.float16)
     w, layout = weight(case, torch.float16)
@@ -223,7 +223,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda c: c[5])
 def test_refusals(emulated_once: ModuleType, case: tuple) -> None:
-    kernel, channels, outs, groups, order, message = case
+    kernel, channels, _, groups, order, message = case
     _, layout = weight(case, torch.float16, order)
     x = random_dense(1, channels, 5, 5).half()
     how = {"kernel_size": kernel, "groups": groups, "padding": 1, "order": order}
