@@ -210,6 +210,7 @@ def groups() -> dict[str, Callable[[], Iterator[Case]]]:
         "gpu_fp8": gpu_sp24.prefill_fp8,
         "gpu_bitmap": gpu_stream.bitmap,
         "gpu_csr": gpu_stream.csr,
+        "gpu_sp24_conv": gpu_sp24.conv,
         "gpu_bsr_conv": bsr_conv,
         "gpu_bsr_training": bsr_training,
     }

@@ -5,8 +5,8 @@ Of ours every legal choice of kernel is timed beside the heuristic's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor
 
 import sparsekern as sk
 from sparsekern import _ext
+from sparsekern.conv import cuda as convolution
+from sparsekern.conv import weight_of
+from sparsekern.nn import SparseConv2d
 from sparsekern.sp24 import config, fragments
 from sparsekern.sp24 import cuda as sp24_cuda
 from sparsekern.testing import random_weight
@@ -84,10 +87,14 @@ def ours(packed: list[Any], x: Tensor, **options: Any) -> dict[str, list[Call]]:
 
     runs = {"sparsekern": calls(None)}
     for choice in found[:10]:
-        kernel = table[choice.kernel]
-        name = f"sparsekern {choice.kernel} {kernel.family} {kernel.rows}x{kernel.tokens} cluster {kernel.cluster}"
-        runs[f"{name}, {choice.workers} workers, {choice.streamed} of {choice.tiles} streamed"] = calls(choice)
+        runs[name_of(choice, table)] = calls(choice)
     return runs
+
+
+def name_of(how: config.Choice, table: Sequence[config.Kernel]) -> str:
+    kernel = table[how.kernel]
+    name = f"sparsekern {how.kernel} {kernel.family} {kernel.rows}x{kernel.tokens} cluster {kernel.cluster}"
+    return f"{name}, {how.workers} workers, {how.streamed} of {how.tiles} streamed"
 
 
 def cusparselt(weights: list[Tensor], x: Tensor) -> dict[str, Any]:
@@ -151,6 +158,33 @@ def prefill_fp8() -> Iterator[Case]:
 
         params = {"shape": f"{n}x{k}", "M": 4096, "dtype": "float8_e4m3fn"}
         yield Case("gpu_fp8", params, (Bar("dense", 1.7),), make, gate=first_of(_gate(2e-2)))
+
+
+def conv() -> Iterator[Case]:
+    """3x3, a batch of 32, channels_last, against cuDNN; the bar is for 256 channels."""
+    for channels, side in ((256, 28), (256, 14), (128, 28), (512, 14), (512, 7)):
+
+        def make(channels: int = channels, side: int = side) -> dict[str, Any]:
+            dense = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False, dtype=torch.bfloat16, device="cuda")
+            matrix = random_weight("sp24", channels, 9 * channels, dtype=torch.float32, density=0.5, seed=0)
+            dense.weight.data.copy_(weight_of(matrix, (3, 3), "rsc"))
+            dense = dense.to(memory_format=torch.channels_last).requires_grad_(False)
+            sparse = SparseConv2d.from_dense(dense, format="sp24", order="rsc").requires_grad_(False)
+            x = torch.randn(32, channels, side, side, generator=torch.Generator().manual_seed(1))
+            x = x.cuda().bfloat16().to(memory_format=torch.channels_last)
+            variants: dict[str, Any] = {"sparsekern": lambda: sparse(x)}
+            table, layout = sp24_cuda.kernels(_ext.CUDA_DTYPES[x.dtype]), cast(Any, sparse.packed)
+            card = {"capability": _ext.capability(x.device), "processors": _ext.multiprocessors(x.device)}
+            shape = (32 * side * side, channels, 9 * channels // fragments.block_k(x.dtype))
+            for how in config.candidates(table, *shape, **card, aligned=True, images=True)[:10]:
+                variants[name_of(how, table)] = lambda how=how: convolution.conv2d(
+                    layout, x, None, cast(Any, sparse.geometry), "none", how
+                )
+            return variants | {"dense": lambda: dense(x)}
+
+        params = {"convolution": f"3x3, {channels}→{channels}", "side": side, "batch": 32, "dtype": "bfloat16"}
+        bars = (Bar("dense", 1.3),) if channels == 256 else ()
+        yield Case("gpu_sp24_conv", params, bars, make, gate=_gate(1e-2))
 
 
 def ceilings() -> Iterator[Case]:

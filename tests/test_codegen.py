@@ -95,6 +95,14 @@ def test_sparse_products(unit: str, product: str) -> None:
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory"
 
 
+def test_windows_come_by_tma() -> None:
+    """The producer of every 16-bit kernel of Hopper has both roads: boxes of a matrix, and pixels of images."""
+    for unit in ("sp24_launch_sm90_1", "sp24_launch_sm90_2"):
+        for name, code in sass(unit).items():
+            assert re.search(r"UTMALDG\.2D", code), name
+            assert re.search(r"UTMALDG\.4D\.IM2COL", code), name
+
+
 def test_the_main_loop_keeps_a_group_in_flight() -> None:
     """Between two groups of products no wait for zero groups: DEPBAR.LE gsb0, 0x1 inside, 0x0 only at the end."""
     for name, code in sass("sp24_launch_sm90_1").items():

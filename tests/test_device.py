@@ -180,6 +180,56 @@ def test_box(emulated: ModuleType, column: int, row: int) -> None:
         assert torch.equal(block.view(torch.uint8).view(16, 8, 16), want)
 
 
+WINDOWS = [
+    # height, width, kernel, stride, padding, dilation
+    (5, 6, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (6, 5, (3, 2), (2, 1), (1, 0), (1, 2)),
+    (7, 9, (2, 3), (3, 2), (0, 2), (2, 1)),
+    (2, 3, (3, 3), (1, 1), (4, 3), (1, 1)),
+    (4, 4, (1, 1), (2, 2), (0, 0), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("case", WINDOWS, ids=lambda c: "{}x{}k{}s{}p{}d{}".format(*c))
+def test_pixels(emulated: ModuleType, case: tuple) -> None:
+    """Boxes of pixels of [3, height, width, 120] images, the same tap of 16 windows, against the padded images."""
+    height, width, kernel, stride, padding, dilation = case
+    given = random_dense(3, height, width, 120).to(torch.bfloat16)
+    ends = [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, p, d, k, t in
+            zip((height, width), padding, dilation, kernel, stride, strict=True)]  # fmt: skip
+    fields = [height, width, 120, *ends, kernel[1], *stride, *dilation, *padding]
+    wide = torch.nn.functional.pad(given, (0, 80, padding[1], padding[1], padding[0], padding[0]))
+    total = 3 * ends[0] * ends[1]
+    for begin in (0, 1, ends[1], total // 2, total - 9):
+        for tap, channel in (((0, 0), 0), ((kernel[0] - 1, kernel[1] - 1), 64), ((0, kernel[1] - 1), 96)):
+            down, right = tap[0] * dilation[0], tap[1] * dilation[1]
+            boxes: list[int] = []
+            for window in (begin, begin + 8):
+                image, inside = divmod(window, ends[0] * ends[1])
+                i, j = divmod(inside, ends[1])
+                boxes += [channel, j * stride[1] - padding[1], i * stride[0] - padding[0], image, right, down]
+            out, alone = torch.full((2, 16, 64), 9.0).bfloat16(), torch.full((8, 64), 9.0).bfloat16()
+            emulated.probe_pixels(
+                1, given.data_ptr(), fields, 3, 120, boxes, out.data_ptr(), alone.data_ptr()
+            )  # fmt: skip
+            seen = wide[:, down :: stride[0], right :: stride[1], channel : channel + 64][:, : ends[0], : ends[1]]
+            rows = torch.cat((seen.reshape(total, 64), torch.zeros(16, 64, dtype=seen.dtype)))
+            want = swizzled(rows[begin : begin + 16])
+            for block in out:
+                assert torch.equal(block.view(torch.uint8).view(16, 8, 16), want)
+            assert torch.equal(alone.view(torch.uint8).view(8, 8, 16), want[:8])
+
+
+@pytest.mark.parametrize("by", [1, 2, 3, 7, 9, 63, 64, 65, 1000, 65537, 2**30 + 1, 2**31 - 1])
+def test_divide(emulated: ModuleType, by: int) -> None:
+    edges = {n for q in (0, 1, 2, 5, (2**31 - 1) // by) for n in (q * by - 1, q * by, q * by + 1)}
+    numbers = sorted(n for n in edges if 0 <= n < 2**31)
+    numbers = torch.tensor([*numbers, *[2**31 - 1] * (32 - len(numbers))], dtype=torch.int32)
+    out = torch.zeros(32, dtype=torch.int32)
+    emulated.probe_divide(by, numbers.data_ptr(), out.data_ptr())
+    assert torch.equal(out.long(), numbers.long() // by)
+
+
 only_emulated = pytest.mark.skipif(SCHEDULES == ["hardware"], reason="the hardware refuses nothing")
 
 

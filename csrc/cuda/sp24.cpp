@@ -7,6 +7,14 @@
 namespace py = pybind11;
 using namespace sk::sp24;
 
+// Images' fields in their order; of a matrix there are none.
+static sk::device::Images images_of(const std::vector<int>& fields) {
+    if (fields.empty()) return {};
+    if (fields.size() != 12) throw std::runtime_error("images have 12 fields");
+    const int* f = fields.data();
+    return {f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7], f[8], f[9], f[10], f[11]};
+}
+
 void bind_sp24_cuda(py::module_& m) {
     m.def("sp24_kernels", [](int type) {
         py::list all;
@@ -19,7 +27,8 @@ void bind_sp24_cuda(py::module_& m) {
     m.def("sp24_mm", [](int kernel, int type, uint64_t fragments, int n, int k, uint64_t x, int m, int64_t x_stride,
                         uint64_t y, int64_t y_stride, int out_type, uint64_t w_scale, uint64_t x_scale, uint64_t bias,
                         int bias_type, int activation, float alpha, uint64_t residual, int64_t residual_stride,
-                        float beta, int workers, int streamed, uint64_t partials, uint64_t counters, uint64_t stream) {
+                        float beta, const std::vector<int>& images, int workers, int streamed, uint64_t partials,
+                        uint64_t counters, uint64_t stream) {
         mm({.kernel = kernel,
             .type = type,
             .out_type = out_type,
@@ -42,6 +51,7 @@ void bind_sp24_cuda(py::module_& m) {
             .k = k,
             .alpha = alpha,
             .beta = beta,
+            .images = images_of(images),
             .workers = workers,
             .streamed = streamed,
             .stream = stream});

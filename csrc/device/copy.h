@@ -178,6 +178,11 @@ SK_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
 
 // Tensor maps: a matrix of rows, read in boxes of `box_rows` rows and 128 bytes, which land with the 128-byte swizzle
 // (bits 4..6 of the address ^= bits 7..9). What lies outside of the matrix lands as zeros.
+//
+// Or images, channels innermost, whose pixels are the rows of a box (im2col mode of the PTX ISA). The box walks over
+// the beginnings of windows: from `first` by `step` up to `last` along each row of windows, then along the rows, then
+// to the next image; of every window it takes the same pixel, some rows and columns after the beginning. Pixels outside
+// of their image land as zeros, and so do images beyond the last one.
 #if SK_GPU
 struct alignas(64) TensorMap {
     uint64_t opaque[16];
@@ -187,13 +192,64 @@ struct alignas(64) TensorMap {
     const char* data;
     uint64_t row_bytes, rows, stride;  // bytes of a row, rows, bytes from row to row
     uint32_t box_rows;
+    int height = 0, width = 0;  // of images
+    int first_h = 0, first_w = 0, last_h = 0, last_w = 0, step_h = 1, step_w = 1;
 };
+#endif
+
+// Where a box of pixels begins: its channel, the beginning of its first window, and the distance of the pixels from
+// there (at most 255).
+struct PixelBox {
+    int32_t channel, column, row, image;
+    uint16_t right, down;
+};
+
+#if !SK_GPU
+namespace twin {
+// Lands a box of `rows` rows of 128 bytes, byte(r, b), at `shared` in every block of `ranks`, and tells its barrier.
+template <class Byte>
+void land_box(uint32_t shared, uint32_t barrier_address, uint16_t ranks, uint32_t rows, Byte byte) {
+    if (shared % 128) emu::fail("a TMA box needs a shared address that 128 divides");
+    for (uint32_t rank = 0; rank < 16; ++rank) {
+        if (!(ranks >> rank & 1)) continue;
+        const uint32_t to = emu::map_to_rank(shared, rank), offset = to & 0xFFFFFF;
+        Barrier* done = &barrier(emu::map_to_rank(barrier_address, rank));
+        char* base = emu::shared_pointer(to) - offset;
+        emu::perform_later([=] {
+            for (uint32_t r = 0; r < rows; ++r) {
+                for (uint32_t b = 0; b < 128; ++b) {
+                    const uint32_t linear = offset + r * 128 + b, swizzled = linear ^ ((linear >> 7 & 7) << 4);
+                    base[swizzled] = byte(r, b);
+                }
+            }
+            done->bytes -= static_cast<int32_t>(rows * 128);
+            done->complete_if_due();
+        });
+    }
+}
+}  // namespace twin
 #endif
 
 // Loads the box whose first byte is (`column_bytes`, `row`) to `shared` in every block of the cluster whose bit is set
 // in `ranks`, and tells its bytes to the barrier in the same place there. `column` counts elements of `element_bytes`.
 SK_DEVICE void load_box_multicast(uint32_t shared, const TensorMap* map, int32_t column, int32_t row, uint32_t barrier,
-                                  uint16_t ranks, int element_bytes);
+                                  uint16_t ranks, [[maybe_unused]] int element_bytes) {
+#if SK_GPU
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ranks)
+        : "memory");
+#else
+    const TensorMap m = *map;
+    const int64_t from = int64_t{column} * element_bytes;
+    twin::land_box(shared, barrier, ranks, m.box_rows, [=](uint32_t r, uint32_t b) {
+        const int64_t y = int64_t{row} + r, x = from + b;
+        const bool inside = y >= 0 && y < int64_t(m.rows) && x >= 0 && x < int64_t(m.row_bytes);
+        return inside ? m.data[y * int64_t(m.stride) + x] : char{0};
+    });
+#endif
+}
 
 SK_DEVICE void load_box(uint32_t shared, const TensorMap* map, int32_t column, int32_t row, uint32_t barrier,
                         [[maybe_unused]] int element_bytes) {
@@ -209,36 +265,49 @@ SK_DEVICE void load_box(uint32_t shared, const TensorMap* map, int32_t column, i
 #endif
 }
 
-SK_DEVICE void load_box_multicast(uint32_t shared, const TensorMap* map, int32_t column, int32_t row, uint32_t barrier,
-                                  uint16_t ranks, [[maybe_unused]] int element_bytes) {
+// The same for a box of pixels.
+SK_DEVICE void load_pixels_multicast(uint32_t shared, const TensorMap* map, const PixelBox& box, uint32_t barrier,
+                                     uint16_t ranks, [[maybe_unused]] int element_bytes) {
 #if SK_GPU
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
-        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ranks)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6], {%7, %8}, %9;" ::"r"(shared),
+        "l"(map), "r"(box.channel), "r"(box.column), "r"(box.row), "r"(box.image), "r"(barrier), "h"(box.right),
+        "h"(box.down), "h"(ranks)
         : "memory");
 #else
-    if (shared % 128) emu::fail("a TMA box needs a shared address that 128 divides");
-    for (uint32_t rank = 0; rank < 16; ++rank) {
-        if (!(ranks >> rank & 1)) continue;
-        const uint32_t to = emu::map_to_rank(shared, rank), offset = to & 0xFFFFFF;
-        twin::Barrier* done = &twin::barrier(emu::map_to_rank(barrier, rank));
-        char* base = emu::shared_pointer(to) - offset;
-        const TensorMap m = *map;
-        const int64_t from = int64_t{column} * element_bytes;
-        emu::perform_later([=] {
-            for (uint32_t r = 0; r < m.box_rows; ++r) {
-                for (uint32_t b = 0; b < 128; ++b) {
-                    const int64_t y = int64_t{row} + r, x = from + b;
-                    const bool inside = y >= 0 && y < int64_t(m.rows) && x >= 0 && x < int64_t(m.row_bytes);
-                    const uint32_t linear = offset + r * 128 + b, swizzled = linear ^ ((linear >> 7 & 7) << 4);
-                    base[swizzled] = inside ? m.data[y * int64_t(m.stride) + x] : 0;
-                }
-            }
-            done->bytes -= static_cast<int32_t>(m.box_rows * 128);
-            done->complete_if_due();
-        });
+    const TensorMap m = *map;
+    const int i = box.row - m.first_h, j = box.column - m.first_w;
+    if (i < 0 || j < 0 || box.row > m.last_h || box.column > m.last_w || i % m.step_h || j % m.step_w) {
+        emu::fail("a box of pixels begins at no window");
     }
+    if (box.right > 255 || box.down > 255) emu::fail("a box of pixels is more than 255 pixels from its windows");
+    const int64_t across = (m.last_w - m.first_w) / m.step_w + 1, down = (m.last_h - m.first_h) / m.step_h + 1;
+    const int64_t begin = (box.image * down + i / m.step_h) * across + j / m.step_w;
+    const int64_t images = int64_t(m.rows) / (int64_t{m.height} * m.width);
+    twin::land_box(shared, barrier, ranks, m.box_rows, [=](uint32_t r, uint32_t b) {
+        const int64_t window = begin + r, image = window / (across * down), inside = window % (across * down);
+        const int64_t y = m.first_h + inside / across * m.step_h + box.down;
+        const int64_t x = m.first_w + inside % across * m.step_w + box.right;
+        const int64_t at = int64_t{box.channel} * element_bytes + b;
+        const bool there = image < images && y >= 0 && y < m.height && x >= 0 && x < m.width && at >= 0;
+        if (!there || at >= int64_t(m.row_bytes)) return char{0};
+        return m.data[((image * m.height + y) * m.width + x) * int64_t(m.stride) + at];
+    });
+#endif
+}
+
+SK_DEVICE void load_pixels(uint32_t shared, const TensorMap* map, const PixelBox& box, uint32_t barrier,
+                           [[maybe_unused]] int element_bytes) {
+#if SK_GPU
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6], {%7, %8};" ::"r"(shared),
+        "l"(map), "r"(box.channel), "r"(box.column), "r"(box.row), "r"(box.image), "r"(barrier), "h"(box.right),
+        "h"(box.down)
+        : "memory");
+#else
+    load_pixels_multicast(shared, map, box, barrier, static_cast<uint16_t>(1u << emu::cluster_rank()), element_bytes);
 #endif
 }
 

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "copy.h"
+#include "images.h"
 #if SK_GPU
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -52,20 +53,26 @@ void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape,
     must(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
+// A function of the driver in the form that it has since CUDA 12.0.
+template <class F>
+F driver_function(const char* name) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    must(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found), name);
+    return reinterpret_cast<F>(entry);
+}
+
+inline CUtensorMapDataType map_type(Type type) {
+    constexpr CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                             CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                                             CU_TENSOR_MAP_DATA_TYPE_UINT8,   CU_TENSOR_MAP_DATA_TYPE_INT32};
+    return types[static_cast<int>(type)];
+}
+
 // The map of a matrix of `rows` rows of `columns` elements, `stride` elements from row to row, in boxes of 128 bytes.
 inline TensorMap tensor_map(const void* data, Type type, int64_t columns, int64_t rows, int64_t stride, int box_rows) {
-    using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode = [] {
-        void* entry = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        must(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
-             "cuTensorMapEncodeTiled");
-        return reinterpret_cast<Encode>(entry);
-    }();
+    static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
     const int bytes = bytes_of(type);
-    const CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                         CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                                         CU_TENSOR_MAP_DATA_TYPE_UINT8,   CU_TENSOR_MAP_DATA_TYPE_INT32};
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride * bytes)};
     const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / bytes), static_cast<cuuint32_t>(box_rows)};
@@ -73,13 +80,41 @@ inline TensorMap tensor_map(const void* data, Type type, int64_t columns, int64_
     static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
     TensorMap map;
     const CUresult status =
-        encode(reinterpret_cast<CUtensorMap*>(&map), types[static_cast<int>(type)], 2, const_cast<void*>(data), sizes,
-               strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        encode(reinterpret_cast<CUtensorMap*>(&map), map_type(type), 2, const_cast<void*>(data), sizes, strides, box,
+               steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS) {
         throw std::runtime_error("cuTensorMapEncodeTiled refuses a matrix of " + std::to_string(rows) + " x " +
                                  std::to_string(columns) + " with stride " + std::to_string(stride) + " (error " +
                                  std::to_string(status) + ")");
+    }
+    return map;
+}
+
+// The map of `count` images in boxes of `box_pixels` pixels and 128 bytes of channels, `stride` elements from pixel to
+// pixel. The driver takes corners (the beginnings of the first window, and of the last relative to the last pixel) from
+// -128 to 127 and strides up to 8. It wants every dimension in the order channel, width, height, image.
+inline TensorMap image_map(const void* data, Type type, const Images& g, int64_t count, int64_t stride,
+                           int box_pixels) {
+    static const auto encode = driver_function<decltype(&cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
+    const int bytes = bytes_of(type);
+    const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(g.channels), static_cast<cuuint64_t>(g.width),
+                                 static_cast<cuuint64_t>(g.height), static_cast<cuuint64_t>(count)};
+    const auto pixel = static_cast<cuuint64_t>(stride * bytes);
+    const cuuint64_t strides[3] = {pixel, pixel * sizes[1], pixel * sizes[1] * sizes[2]};
+    const int lower[2] = {-g.left, -g.top};
+    const int upper[2] = {(g.out_w - 1) * g.stride_w - g.left - (g.width - 1),
+                          (g.out_h - 1) * g.stride_h - g.top - (g.height - 1)};
+    const cuuint32_t steps[4] = {1, static_cast<cuuint32_t>(g.stride_w), static_cast<cuuint32_t>(g.stride_h), 1};
+    TensorMap map;
+    const CUresult status = encode(
+        reinterpret_cast<CUtensorMap*>(&map), map_type(type), 4, const_cast<void*>(data), sizes, strides, lower, upper,
+        static_cast<cuuint32_t>(128 / bytes), static_cast<cuuint32_t>(box_pixels), steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS) {
+        throw std::runtime_error("cuTensorMapEncodeIm2col refuses " + std::to_string(count) + " images of " +
+                                 std::to_string(g.height) + " x " + std::to_string(g.width) + " pixels, " +
+                                 std::to_string(g.channels) + " channels (error " + std::to_string(status) + ")");
     }
     return map;
 }
@@ -97,6 +132,24 @@ inline TensorMap tensor_map(const void* data, Type type, int64_t columns, int64_
     }
     return {static_cast<const char*>(data), static_cast<uint64_t>(columns * bytes), static_cast<uint64_t>(rows),
             static_cast<uint64_t>(stride * bytes), static_cast<uint32_t>(box_rows)};
+}
+
+inline TensorMap image_map(const void* data, Type type, const Images& g, int64_t count, int64_t stride,
+                           int box_pixels) {
+    TensorMap map = tensor_map(data, type, g.channels, count * g.height * g.width, stride, box_pixels);
+    map.height = g.height;
+    map.width = g.width;
+    map.first_h = -g.top;
+    map.first_w = -g.left;
+    map.step_h = g.stride_h;
+    map.step_w = g.stride_w;
+    map.last_h = map.first_h + (g.out_h - 1) * g.stride_h;
+    map.last_w = map.first_w + (g.out_w - 1) * g.stride_w;
+    for (int corner : {map.first_h, map.first_w, map.last_h - (g.height - 1), map.last_w - (g.width - 1)}) {
+        if (corner < -128 || corner > 127) throw std::runtime_error("a map of images has corners from -128 to 127");
+    }
+    if (g.stride_h > 8 || g.stride_w > 8) throw std::runtime_error("a map of images has strides up to 8");
+    return map;
 }
 #endif
 

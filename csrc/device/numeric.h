@@ -29,6 +29,19 @@ struct alignas(16) Vec4 {
     uint32_t x, y, z, w;
 };
 
+// Division by a number that the host knows, in one multiplication, of numbers below 2^31.
+struct Divisor {
+    uint32_t factor = 0;
+    int shift = 0;
+
+    static Divisor by(uint32_t number) {  // number * factor exceeds 2^shift by less than number <= 2^(shift - 31)
+        int shift = 31;
+        while (uint64_t{1} << (shift - 31) < number) ++shift;
+        return {static_cast<uint32_t>(((uint64_t{1} << shift) + number - 1) / number), shift};
+    }
+    SK_ANYWHERE uint32_t divide(uint32_t n) const { return static_cast<uint32_t>(uint64_t{n} * factor >> shift); }
+};
+
 template <class To, class From>
 SK_DEVICE To bits_as(From value) {
     static_assert(sizeof(To) == sizeof(From));

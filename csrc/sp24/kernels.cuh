@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "../device/images.h"
+
 namespace sk::sp24 {
 
 // Each kernel with its tile: MmSm90<blocks of rows of a warpgroup, tokens, stages, cluster>, MmSm80<blocks of rows,
@@ -31,12 +33,14 @@ struct MmCall {
     int64_t x_stride, y_stride, residual_stride;
     int m, n, k;
     float alpha, beta;
-    int workers;   // thread blocks, or clusters of them
-    int streamed;  // tiles that are cut along K (mm.cuh)
+    device::Images images;  // with a kernel_w other than 0: x are images, m their windows, x_stride from pixel to pixel
+    int workers;            // thread blocks, or clusters of them
+    int streamed;           // tiles that are cut along K (mm.cuh)
     uint64_t stream;
 };
 
-// Y[M, N] = epilogue(X[M, K] W[N, K]^T); throws std::runtime_error where the launch fails.
+// Y[M, N] = epilogue(X[M, K] W[N, K]^T); throws std::runtime_error where the launch fails. Images: 16-bit operands, no
+// "decode"; "mm_sm90" needs whole blocks of channels, and what device/launch.h's image_map takes.
 void mm(const MmCall& call);
 
 // One pass over a weight from one of its forms to any others (pack.cuh); addresses that are 0 are not wanted.

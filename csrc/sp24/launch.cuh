@@ -12,7 +12,9 @@ namespace sk::sp24 {
 template <Type T>
 Mm mm_parameters(const MmCall& c) {
     const int bytes = device::bytes_of(T);
-    const uint64_t all = c.x | static_cast<uint64_t>(c.x_stride) * bytes | static_cast<uint64_t>(c.k) * bytes;
+    const bool images = c.images.kernel_w != 0;
+    const uint64_t row = images ? c.images.channels : c.k;
+    const uint64_t all = c.x | static_cast<uint64_t>(c.x_stride) * bytes | row * bytes;
     Mm p{};
     p.fragments = reinterpret_cast<const char*>(c.fragments);
     p.x = reinterpret_cast<const char*>(c.x);
@@ -26,6 +28,12 @@ Mm mm_parameters(const MmCall& c) {
     p.k_blocks = (c.k + block_k(T) - 1) / block_k(T);
     p.x_align = all % 16 == 0 ? 16 : all % 8 == 0 ? 8 : 4;
     if (all % 4) throw std::runtime_error("sp24_mm: every row of x must begin and end at a multiple of 4 bytes");
+    if (images) {
+        if (!device::is_wide(T)) throw std::runtime_error("sp24_mm: images need 16-bit values");
+        p.images = c.images;
+        p.channels = device::Divisor::by(c.images.channels);
+        p.kernel_w = device::Divisor::by(c.images.kernel_w);
+    }
     p.streamed = c.streamed;
     if (!device::fits(c.streamed ? c.streamed : p.row_blocks, p.k_blocks, c.workers)) {
         throw std::runtime_error("sp24_mm: too much work for one launch");

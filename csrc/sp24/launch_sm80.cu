@@ -38,7 +38,10 @@ void run_mm_sm80(int index, const MmCall& call) {
     constexpr Type T = static_cast<Type>(kType);
     with_config<MmKernels<T>>(index, [&]<class C>() {
         const device::Shape shape{static_cast<unsigned>(call.workers), 1, C::kThreads, C::kSharedBytes};
-        device::launch("sp24_mm_sm80", sp24_mm_sm80<C>, shape, call.stream, mm_parameters<T>(call));
+        const Mm p = mm_parameters<T>(call);
+        auto* kernel = sp24_mm_sm80<C, false>;
+        if constexpr (device::is_wide(T)) kernel = p.images.kernel_w ? sp24_mm_sm80<C, true> : kernel;
+        device::launch("sp24_mm_sm80", kernel, shape, call.stream, p);
     });
 }
 
@@ -47,6 +50,7 @@ void run_decode(int index, const MmCall& call) {
     constexpr Type T = static_cast<Type>(kType);
     with_config<DecodeKernels<T>>(index, [&]<class C>() {
         if (call.m > C::kTokens) throw std::runtime_error("sp24_decode: more tokens than the kernel has");
+        if (call.images.kernel_w) throw std::runtime_error("sp24_decode takes no images");
         const device::Shape shape{static_cast<unsigned>(call.workers), 1, C::kThreads, C::kSharedBytes};
         device::launch("sp24_decode", sp24_decode<C>, shape, call.stream, mm_parameters<T>(call));
     });

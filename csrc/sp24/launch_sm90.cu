@@ -31,7 +31,13 @@ void run_mm_sm90([[maybe_unused]] int index, [[maybe_unused]] const MmCall& call
         if ((call.x | static_cast<uint64_t>(call.x_stride) * device::bytes_of(T)) % 16) {
             throw std::runtime_error("sp24_mm_sm90: every row of x must begin at a multiple of 16 bytes");
         }
-        const auto map = device::tensor_map(p.x, T, p.k, p.m, p.x_stride, C::kTokens / C::kCluster);
+        const device::Images& g = p.images;
+        if (g.kernel_w && g.channels % block_k(T)) {
+            throw std::runtime_error("sp24_mm_sm90: a block of K must lie inside one tap");
+        }
+        constexpr int kBox = C::kTokens / C::kCluster;
+        const auto map = g.kernel_w ? device::image_map(p.x, T, g, p.m / (int64_t{g.out_h} * g.out_w), p.x_stride, kBox)
+                                    : device::tensor_map(p.x, T, p.k, p.m, p.x_stride, kBox);
         const device::Shape shape{static_cast<unsigned>(call.workers * C::kCluster), C::kCluster, C::kThreads,
                                   C::kSharedBytes};
         device::launch("sp24_mm_sm90", sp24_mm_sm90<C>, shape, call.stream, map, p);

@@ -1,6 +1,10 @@
 // What every sp24 matrix product is told, and how its work is dealt out: Y[M, N] = epilogue(X[M, K] W[N, K]^T).
+//
+// X is a matrix, or the windows of images (device/images.h), of which there is no copy: a window is a token, and Y's
+// rows are the pixels of the output, channels innermost. Only how a slice of X is brought to shared memory differs.
 #pragma once
 #include "../device/epilogue.h"
+#include "../device/images.h"
 #include "../device/parts.h"
 #include "fragments.cuh"
 
@@ -13,7 +17,7 @@ struct Mm {
     int64_t x_stride, y_stride;  // elements from token to token
     int m, n, k;
     int row_blocks, k_blocks;  // of the fragments
-    int x_align;               // 16, 8 or 4: bytes that divide every row's address and length
+    int x_align;               // 16, 8 or 4: bytes that divide every row's (pixel's) address and length
     // The first `streamed` tiles are cut along K so that every worker gets the same share of them; the others are dealt
     // out whole. A worker that has a part of a tile leaves its sums in `partials` (two slots a worker); the last to
     // arrive at the tile's counter adds the parts in their order, so the result does not depend on who is last.
@@ -22,6 +26,8 @@ struct Mm {
     void* partials;
     uint32_t* counters;
     device::Epilogue epilogue;
+    device::Images images;  // x_stride is then from pixel to pixel
+    device::Divisor channels, kernel_w;
 };
 
 // Tiles are numbered so that neighbours share rows or tokens: kGroup tiles of tokens, then the next rows.
@@ -35,6 +41,28 @@ SK_DEVICE Tile tile_at(int i, int row_tiles, int token_tiles) {
     const int width = token_tiles - first < kGroup ? token_tiles - first : kGroup;
     const int inside = i - first * row_tiles;
     return {inside / width, first + inside % width};
+}
+
+// The beginning of a token's window.
+struct Window {
+    int image, row, column;
+};
+
+SK_DEVICE Window window_at(const device::Images& g, int token) {
+    const int size = g.out_h * g.out_w, image = token / size, inside = token - image * size, i = inside / g.out_w;
+    return {image, i * g.stride_h - g.top, (inside - i * g.out_w) * g.stride_w - g.left};
+}
+
+// Where column k of X lies in its window: a tap, and a channel of that pixel.
+struct Tap {
+    int down, right, channel;
+};
+
+SK_DEVICE Tap tap_at(const Mm& p, uint32_t k) {
+    const uint32_t tap = p.channels.divide(k), r = p.kernel_w.divide(tap);
+    return {static_cast<int>(r) * p.images.dilation_h,
+            static_cast<int>(tap - r * p.images.kernel_w) * p.images.dilation_w,
+            static_cast<int>(k - tap * p.images.channels)};
 }
 
 using device::Piece;

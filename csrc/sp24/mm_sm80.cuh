@@ -4,6 +4,9 @@
 // stage takes kRowBlocks fragment blocks as they are and the tokens' 128-byte rows with the 128-byte swizzle, so that
 // fragments leave by 16-byte loads and B by ldmatrix, both without bank conflicts.
 //
+// Of images a thread copies the same chunk of the same windows for every block of K: it keeps where those begin, and
+// one tap a block tells it how far from there the pixels lie. A piece of a copy lies inside one tap.
+//
 // 64 x 64 warps: for each half of a block of K 32 mma.sp (256 cycles of a sub-partition) need 2 KB of fragments and 4
 // KB of B from shared memory: 4 warps ask for 96 B a cycle of 128.
 #pragma once
@@ -55,6 +58,61 @@ SK_DEVICE void copy_tokens(const Mm& p, int bytes, uint32_t to, int token0, int 
     }
 }
 
+// The same of the windows of images, 16-bit values: a thread's share of a tile.
+template <int kTokens, int kThreads>
+class WindowCopies {
+public:
+    // Beginning at the tile's first token.
+    SK_DEVICE void begin(const Mm& p, int token0, uint32_t thread) {
+        SK_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            const int token = token0 + i * kStep + thread / 8;
+            const Window w = window_at(p.images, token);
+            row_[i] = token < p.m ? w.row : kNowhere;
+            column_[i] = w.column;
+            pixel_[i] = (w.image * p.images.height + w.row) * p.images.width + w.column;
+        }
+    }
+
+    SK_DEVICE void copy(const Mm& p, uint32_t to, int kb, uint32_t thread) const {
+        if (p.x_align == 16) {
+            copy_pieces<16>(p, to, kb, thread);
+        } else if (p.x_align == 8) {
+            copy_pieces<8>(p, to, kb, thread);
+        } else {
+            copy_pieces<4>(p, to, kb, thread);
+        }
+    }
+
+private:
+    static constexpr int kStep = kThreads / 8, kCount = kTokens / kStep, kNowhere = INT32_MIN / 2;
+    static_assert(kThreads % 8 == 0 && kTokens % kStep == 0 && kStep % 8 == 0);
+
+    template <int kBytes>
+    SK_DEVICE void copy_pieces(const Mm& p, uint32_t to, int kb, uint32_t thread) const {
+        using namespace device;
+        const uint32_t token = thread / 8, chunk = thread % 8;
+        const uint32_t first = to + token * 128 + (chunk ^ token % 8) * 16;
+        SK_UNROLL
+        for (int j = 0; j < 16; j += kBytes) {
+            const int k = kb * 64 + (chunk * 16 + j) / 2;
+            const Tap tap = tap_at(p, k);
+            const int shift = tap.down * p.images.width + tap.right;
+            SK_UNROLL
+            for (int i = 0; i < kCount; ++i) {
+                const auto row = static_cast<uint32_t>(row_[i] + tap.down);
+                const auto column = static_cast<uint32_t>(column_[i] + tap.right);
+                const bool here = k < p.k && row < static_cast<uint32_t>(p.images.height) &&
+                                  column < static_cast<uint32_t>(p.images.width);
+                const char* from = p.x + (int64_t{pixel_[i] + shift} * p.x_stride + tap.channel) * 2;
+                copy_async<kBytes>(first + i * kStep * 128 + j, here ? from : p.x, here);
+            }
+        }
+    }
+
+    int row_[kCount], column_[kCount], pixel_[kCount];  // where the windows begin; the pixel counts through all images
+};
+
 // A warp's products of one block of K: 64 rows of fragments by kTokens tokens, both in shared memory.
 template <Type T, int kTokens>
 SK_DEVICE void multiply_block(device::Accumulator<T> (&acc)[4][kTokens / 2], const char* fragments, uint32_t tokens,
@@ -94,11 +152,12 @@ SK_DEVICE void multiply_block(device::Accumulator<T> (&acc)[4][kTokens / 2], con
     step.template operator()<1>();
 }
 
-template <class C>
+template <class C, bool kImages>
 SK_KERNEL(C::kThreads, 1)
 sp24_mm_sm80(SK_PARAM Mm p) {
     using namespace device;
     constexpr Type T = C::T;
+    static_assert(!kImages || is_wide(T));
     char* memory = shared_memory();
     auto* flag = reinterpret_cast<uint32_t*>(memory + C::kSharedBytes - 16);
     const uint32_t thread = thread_index(), warp = warp_index(), my_lane = lane();
@@ -107,9 +166,11 @@ sp24_mm_sm80(SK_PARAM Mm p) {
     const int token_tiles = (p.m + C::kTokens - 1) / C::kTokens;
     Pieces<1> pieces(p, row_tiles * token_tiles);
     Piece piece;
+    [[maybe_unused]] WindowCopies<C::kTokens, C::kThreads> windows;
     while (pieces.take(p, piece)) {
         const Tile tile = tile_at(piece.tile, row_tiles, token_tiles);
         const int token0 = tile.tokens * C::kTokens;
+        if constexpr (kImages) windows.begin(p, token0, thread);
         const auto load = [&](int kb) {
             if (kb < piece.end) {
                 char* stage = memory + (kb - piece.begin) % C::kStages * C::kStageBytes;
@@ -126,8 +187,12 @@ sp24_mm_sm80(SK_PARAM Mm p) {
                             copy_async<16>(to + at, p.fragments + block * block_bytes(T) + at, true);
                     }
                 }
-                copy_tokens<C::kTokens, C::kThreads>(p, bytes_of(T), shared_address(stage + C::kFragmentBytes), token0,
-                                                     kb, thread);
+                const uint32_t to = shared_address(stage + C::kFragmentBytes);
+                if constexpr (kImages) {
+                    windows.copy(p, to, kb, thread);
+                } else {
+                    copy_tokens<C::kTokens, C::kThreads>(p, bytes_of(T), to, token0, kb, thread);
+                }
             }
             commit_copies();
         };

@@ -2,11 +2,12 @@
 //
 // A tile is kRows = kWarpgroups * kM * 64 out-features by kTokens tokens. One producer warp brings the tokens' slice of
 // K by TMA into a ring of stages, shared by a cluster's blocks (they have neighbouring rows and the same tokens)
-// through multicast. The consumers take their fragments straight from global memory into registers, kAhead blocks of K
-// ahead (fragment order: whole 16-byte loads), so shared memory serves B alone, whose reads bound a sparse wgmma. One
-// group of products is always in flight: a stage and a register set are free again when the next group is waited for.
-// The consumers do not wait for each other: with a deep ring one runs ahead, and its epilogue hides behind the other's
-// products. Blocks are persistent; tiles run in groups of tokens so that a wave stays in the second-level cache.
+// through multicast; of the windows of images it brings the pixels of one tap (im2col mode). The consumers take their
+// fragments straight from global memory into registers, kAhead blocks of K ahead (fragment order: whole 16-byte loads),
+// so shared memory serves B alone, whose reads bound a sparse wgmma. One group of products is always in flight: a stage
+// and a register set are free again when the next group is waited for. The consumers do not wait for each other: with a
+// deep ring one runs ahead, and its epilogue hides behind the other's products. Blocks are persistent; tiles run in
+// groups of tokens so that a wave stays in the second-level cache.
 //
 // Per block of K (128 bytes) and SM, a tile of 256 rows x 128 tokens: four wgmma steps of 64 x 128 x 32 take 512
 // cycles; they read 64 KB of B from shared memory (128 B a cycle, all that its port has), the TMA writes 16 KB of it
@@ -77,12 +78,30 @@ SK_DEVICE void mm_produce(const device::TensorMap* x_map, const Mm& p, const MmS
     Piece piece;
     while (pieces.take(p, piece)) {
         const int token = tile_at(piece.tile, row_tiles, token_tiles).tokens * C::kTokens + rank * kShare;
+        [[maybe_unused]] const Window window = p.images.kernel_w ? window_at(p.images, token) : Window{};
         for (int kb = piece.begin; kb < piece.end; ++kb, place.next()) {
             barrier_wait(shared.empty + 8 * place.stage, place.phase ^ 1);
             const uint32_t full = shared.full + 8 * place.stage;
             barrier_expect(full, C::kStageBytes);
             const uint32_t to = shared.stages + place.stage * C::kStageBytes + rank * kShare * 128;
             const int column = kb * block_k(C::T);
+            if constexpr (is_wide(C::T)) {
+                if (p.images.kernel_w) {  // the block lies inside one tap
+                    const Tap tap = tap_at(p, column);
+                    const PixelBox box{tap.channel,
+                                       window.column,
+                                       window.row,
+                                       window.image,
+                                       static_cast<uint16_t>(tap.right),
+                                       static_cast<uint16_t>(tap.down)};
+                    if constexpr (C::kCluster > 1) {
+                        load_pixels_multicast(to, x_map, box, full, (1 << C::kCluster) - 1, bytes_of(C::T));
+                    } else {
+                        load_pixels(to, x_map, box, full, bytes_of(C::T));
+                    }
+                    continue;
+                }
+            }
             if constexpr (C::kCluster > 1) {
                 load_box_multicast(to, x_map, column, token, full, (1 << C::kCluster) - 1, bytes_of(C::T));
             } else {

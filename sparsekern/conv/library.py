@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._ext import interpreting
+from .._ext import emulating, interpreting
 from .._library import _define, apply_of, unwatched
 from ..dispatch import BACKENDS
 from ..formats import FORMATS
 from ..layout import Layout
 from ..ref import ACTIVATIONS
-from . import host, ref, triton
+from . import cuda, host, ref, triton
 from .geometry import Geometry, memory_format
 
-_MODULES = {"host": host, "triton": triton, "ref": ref}
-_BACKENDS = {"cpu": ("host",), "cuda": ("triton",)}  # device type -> backends beside the oracle, fastest first
+_MODULES = {"host": host, "cuda": cuda, "triton": triton, "ref": ref}
+_BACKENDS = {"cpu": ("host",), "cuda": ("cuda", "triton")}  # device type -> backends beside the oracle, fastest first
 
 
 def why_not(backend: str, op: str, layout: Layout, x: Tensor, g: Geometry) -> str | None:
     """Why `backend` cannot run this convolution, or None where it can."""
     if backend not in BACKENDS:
         return f"there is no backend of this name; known: {', '.join(BACKENDS)}"
-    interpreted = backend == "triton" and interpreting()
-    if not interpreted and backend not in (*_BACKENDS.get(x.device.type, ()), "ref"):
+    simulated = (backend == "triton" and interpreting()) or (backend == "cuda" and emulating())
+    if not simulated and backend not in (*_BACKENDS.get(x.device.type, ()), "ref"):
         return f"convolution has no such backend on {x.device.type} tensors"
     return _MODULES[backend].why_not(op, layout, x, g)
 

@@ -48,11 +48,13 @@ def candidates(
     processors: int,
     aligned: bool,
     fp8: bool = False,
+    images: bool = False,
 ) -> list[Choice]:
     """Every legal choice for Y[M, N] = X[M, K] W[N, K]^T, the cheapest first.
 
     capability: ten times the compute capability (90); processors: SMs; aligned: every row of x begins at a multiple
-    of 16 bytes, which TMA needs; fp8: Hopper multiplies it by wgmma alone (its mma.sp would convert to 16 bits).
+    of 16 bytes, which TMA needs; fp8: Hopper multiplies it by wgmma alone (its mma.sp would convert to 16 bits);
+    images: x is the windows of images, which "decode" cannot read; aligned then says whether TMA can.
     """
     card = max(arch for arch in SHARED if arch <= capability)
     found = []
@@ -62,6 +64,8 @@ def candidates(
         if kernel.family == "mm_sm90" and not (capability == 90 and aligned):
             continue
         if kernel.family != "mm_sm90" and capability == 90 and fp8:
+            continue
+        if images and kernel.family == "decode":
             continue
         if kernel.family != "decode":
             found += _mm(number, kernel, m, n, k_blocks, processors)

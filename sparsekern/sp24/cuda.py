@@ -87,26 +87,64 @@ def _product(
     how: Choice | None = None,
 ) -> Tensor:
     """`mm` into y [M, N] by a weight in fragment order of x's type; none of the sizes is 0."""
-    (m, n), dtype = y.shape, CUDA_DTYPES[x.dtype]
+    n = y.shape[1]
     x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
     if x.dtype == FP8 and not _aligned(x) and _card(x) == 90:
         x = torch.nn.functional.pad(x.view(torch.uint8), (0, -x.shape[1] % 16)).clone().view(FP8)
-    how = how or _choose(n, x)
-    kernel = kernels(dtype)[how.kernel]
-    scratch = _scratch(x, kernel, how)
-    bias = known_bias(bias)
     residual = None if residual is None else unit_rows(residual.to(y.dtype))
+    _launch(how or _choose(n, x), weight, x.shape[1], x, y, scale, bias, activation, x_scale, residual, ())
+    return y
+
+
+def windows(
+    weight: Tensor,
+    k: int,
+    x: Tensor,
+    images: tuple[int, ...],
+    y: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    tma: bool,
+    how: Choice | None = None,
+) -> None:
+    """y [M, N] = act(X W^T + bias), where X's rows are the M windows of images x [pixels, channels], read in place.
+
+    weight: W[N, k] in fragment order; 16-bit types. images: the fields of csrc/device/images.h. tma: whether it can
+    read them, which is for the caller to know. The rows of x and y may lie any distance apart.
+    """
+    (m, n), dtype = y.shape, CUDA_DTYPES[x.dtype]
+    shape = (m, n, -(-k // fragments.block_k(x.dtype)))
+    how = how or _choice(dtype, *shape, _card(x), multiprocessors(x.device), tma, True)
+    _launch(how, weight, k, x, y, None, bias, activation, None, None, images)
+
+
+def _launch(
+    how: Choice,
+    weight: Tensor,
+    k: int,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    x_scale: Tensor | None,
+    residual: Tensor | None,
+    images: tuple[int, ...],
+) -> None:
+    (m, n), dtype = y.shape, CUDA_DTYPES[x.dtype]
+    scratch = _scratch(x, kernels(dtype)[how.kernel], how)
+    bias = known_bias(bias)
     cuda().sp24_mm(
         how.kernel,
         dtype,
         weight.data_ptr(),
         n,
-        x.shape[1],
+        k,
         x.data_ptr(),
         m,
         x.stride(0),
         y.data_ptr(),
-        n,
+        y.stride(0),
         CUDA_DTYPES[y.dtype],
         0 if scale is None else scale.data_ptr(),
         0 if x_scale is None else x_scale.data_ptr(),
@@ -117,13 +155,13 @@ def _product(
         0 if residual is None else residual.data_ptr(),
         0 if residual is None else residual.stride(0),
         1.0,
+        images,
         how.workers,
         how.streamed,
         scratch[0].data_ptr(),
         scratch[1].data_ptr(),
         stream_of(x),
     )
-    return y
 
 
 def mm_t(layout: Sp24, dy: Tensor) -> Tensor:
@@ -222,7 +260,7 @@ def choice(layout: Sp24, x: Tensor) -> Choice:
 
 def _choose(n: int, x: Tensor) -> Choice:
     shape = (x.shape[0], n, -(-x.shape[1] // fragments.block_k(x.dtype)))
-    return _choice(CUDA_DTYPES[x.dtype], *shape, _card(x), multiprocessors(x.device), _aligned(x))
+    return _choice(CUDA_DTYPES[x.dtype], *shape, _card(x), multiprocessors(x.device), _aligned(x), False)
 
 
 def _card(x: Tensor) -> int:
@@ -234,7 +272,9 @@ def _aligned(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _choice(dtype: int, m: int, n: int, k_blocks: int, card: int, processors: int, aligned: bool) -> Choice:
+def _choice(
+    dtype: int, m: int, n: int, k_blocks: int, card: int, processors: int, aligned: bool, images: bool
+) -> Choice:
     found = candidates(
         kernels(dtype),
         m,
@@ -244,6 +284,7 @@ def _choice(dtype: int, m: int, n: int, k_blocks: int, card: int, processors: in
         processors=processors,
         aligned=aligned,
         fp8=dtype == CUDA_DTYPES[FP8],
+        images=images,
     )
     return found[0]
 

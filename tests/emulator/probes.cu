@@ -1,6 +1,7 @@
 // Each instruction of the device vocabulary alone, raw registers in and out: tests/test_device.py compares the emulator
 // with dense definitions, and on a GPU the emulator with the hardware.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../../csrc/device/copy.h"
 #include "../../csrc/device/launch.h"
@@ -125,6 +126,45 @@ SK_KERNEL(32, 1) probe_box(SK_PARAM TensorMap map, int column, int row, int byte
     sync_cluster();
 }
 
+// The same with 16 pixels: each block loads a box of 8 to both.
+SK_KERNEL(32, 1) probe_pixels(SK_PARAM TensorMap map, PixelBox first, PixelBox second, int bytes, uint32_t* out) {
+    char* memory = shared_memory();
+    const uint32_t barrier = shared_address(memory + 2048), rank = cluster_rank();
+    if (thread_index() == 0) {
+        barrier_init(barrier, 1);
+        fence_barrier_init();
+    }
+    sync_cluster();
+    if (thread_index() == 0) {
+        barrier_expect(barrier, 2048);
+        load_pixels_multicast(shared_address(memory + rank * 1024), &map, rank ? second : first, barrier, 3, bytes);
+    }
+    barrier_wait(barrier, 0);
+    for (int j = lane(); j < 512; j += 32) out[512 * rank + j] = reinterpret_cast<const uint32_t*>(memory)[j];
+    sync_cluster();
+}
+
+// One block, 8 pixels, no multicast.
+SK_KERNEL(32, 1) probe_pixels_alone(SK_PARAM TensorMap map, PixelBox box, int bytes, uint32_t* out) {
+    char* memory = shared_memory();
+    const uint32_t barrier = shared_address(memory + 1024);
+    if (thread_index() == 0) {
+        barrier_init(barrier, 1);
+        fence_barrier_init();
+    }
+    sync_block();
+    if (thread_index() == 0) {
+        barrier_expect(barrier, 1024);
+        load_pixels(shared_address(memory), &map, box, barrier, bytes);
+    }
+    barrier_wait(barrier, 0);
+    for (int j = lane(); j < 256; j += 32) out[j] = reinterpret_cast<const uint32_t*>(memory)[j];
+}
+
+SK_KERNEL(32, 1) probe_divide(Divisor divisor, const uint32_t* in, uint32_t* out) {
+    out[lane()] = divisor.divide(in[lane()]);
+}
+
 // What the emulator must refuse. 0: waits for an arrival that never comes; 1: a diverged warp; 2: one arrival too many;
 // 3: reads what no wait has brought; 4: writes beyond shared memory; 5: reads an accumulator before the wait.
 SK_KERNEL(128, 1) probe_mistake(int which, uint32_t* out) {
@@ -222,6 +262,24 @@ void bind_probes(py::module_& m) {
         const TensorMap map = tensor_map(at<void>(data), static_cast<Type>(type), columns, rows, stride, 8);
         launch("box", probe_box, {2, 2, 32, 2048 + 8}, 0, map, column, row, bytes_of(static_cast<Type>(type)),
                at<uint32_t>(out));
+    });
+    // fields: of Images; boxes: channel, column, row, image, right, down of each block's.
+    m.def("probe_pixels", [](int type, uint64_t data, const std::vector<int>& fields, int64_t count, int64_t stride,
+                             const std::vector<int>& boxes, uint64_t out, uint64_t alone) {
+        const int* f = fields.data();
+        const Images g{f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7], f[8], f[9], f[10], f[11]};
+        const auto box = [&](int at) {
+            const int* b = boxes.data() + at;
+            const auto right = static_cast<uint16_t>(b[4]), down = static_cast<uint16_t>(b[5]);
+            return PixelBox{b[0], b[1], b[2], b[3], right, down};
+        };
+        const int bytes = bytes_of(static_cast<Type>(type));
+        const TensorMap map = image_map(at<void>(data), static_cast<Type>(type), g, count, stride, 8);
+        launch("pixels", probe_pixels, {2, 2, 32, 2048 + 8}, 0, map, box(0), box(6), bytes, at<uint32_t>(out));
+        launch("pixels", probe_pixels_alone, {1, 1, 32, 1024 + 8}, 0, map, box(0), bytes, at<uint32_t>(alone));
+    });
+    m.def("probe_divide", [](uint32_t by, uint64_t in, uint64_t out) {
+        launch("divide", probe_divide, {1, 1, 32, 0}, 0, Divisor::by(by), at<const uint32_t>(in), at<uint32_t>(out));
     });
     m.def("probe_mistake", [](int which, uint64_t out) {
         launch("mistake", probe_mistake, {1, 1, 128, 1024}, 0, which, at<uint32_t>(out));

@@ -6,6 +6,8 @@ import torch
 
 import sparsekern as sk
 from sparsekern._ext import CUDA_DTYPES
+from sparsekern.conv import Geometry, weight_of
+from sparsekern.conv import cuda as convolution
 from sparsekern.sp24 import config, cuda
 from sparsekern.testing import random_dense
 
@@ -26,6 +28,25 @@ def main() -> None:
             error = float((y - want).norm() / want.norm())
             print(number, kernel.family, kernel.rows, kernel.tokens, dtype, f"error {error:.1e}")
             assert error < 1e-4
+    convolve()
+
+
+def convolve() -> None:
+    """The kernels that take images, and pieces of every size."""
+    g = Geometry(3, 3, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1)
+    for channels, numbers in ((64, range(8)), (12, (6,)), (10, (7,))):
+        packed = sk.to_sparse_semi_structured(random_dense(130, 9 * channels).half(), prune=True).packed
+        x = random_dense(3, channels, 9, 7).half()
+        want = torch.nn.functional.conv2d(
+            x.float(), weight_of(packed.unpack(), (3, 3), "rsc").float(), stride=(1, 2), padding=1
+        )
+        for number in numbers:
+            kernel = cuda.kernels(CUDA_DTYPES[torch.float16])[number]
+            tiles = -(-130 // kernel.rows) * -(-108 // kernel.tokens)
+            y = convolution.conv2d(packed, x, None, g, "none", config.Choice(number, 2, 1, tiles, 0.0))
+            error = float((y - want).norm() / want.norm())
+            print(number, kernel.family, channels, f"channels, error {error:.1e}")
+            assert error < 1e-3
 
 
 if __name__ == "__main__":
