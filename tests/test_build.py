@@ -143,6 +143,28 @@ def test_unknown_isa_in_the_build_is_refused(tmp_path: Path) -> None:
     assert "avx1024" in done.stderr
 
 
+FAKE_NINJA = """
+import pathlib, re, sys
+text = pathlib.Path(sys.argv[sys.argv.index("-C") + 1], "build.ninja").read_text()
+pathlib.Path(re.search(r"^build (\\S+): link", text, re.MULTILINE)[1]).touch()
+"""
+
+
+def test_a_module_that_is_not_built_does_not_keep_the_other_back(tmp_path: Path) -> None:
+    """build_ext --inplace, which an editable install runs too, puts _host beside the sources without an nvcc."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "sparsekern/__init__.py", "sparsekern/_sources.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "ninja.py").write_text(FAKE_NINJA)
+    env = {**os.environ, "SPARSEKERN_CUDA_ARCHS": "none", "PYTHONPATH": str(tmp_path / "fake")}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name.split(".")[0] for path in (tmp_path / "sparsekern").glob("_*.so")] == ["_host"]
+
+
 @pytest.mark.parametrize("format", ["sp24", "bsr", "csr", "bitmap"])
 def test_explain(format: str) -> None:
     """Every backend with its reason, none without."""
