@@ -19,6 +19,8 @@
 // X lies in shared memory as floats, the tokens of a column together, as long as it fits: a gather from there costs 3
 // cycles for 32 nonzeros on average (12 for four tokens, which then bound an H100); through the first-level cache it
 // would cost a lookup for every nonzero. A block of 16 warps has 48 KB on their way.
+// Beyond four tokens csr_mm is bound by its reads of X, a cycle for each nonzero and strip of tokens: its 4 bytes a
+// nonzero are a quarter of an H100's bandwidth, so that shorter ones would gain nothing there.
 #pragma once
 #include "mm.cuh"
 
