@@ -33,6 +33,13 @@ LAST = torch.channels_last
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """The dense road is cuDNN's: without TF32 it is as exact as the tests want it."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture
 def direct() -> Iterator[None]:
     """The direct kernel, whatever is faster, and no other; outputs are poisoned, between guard bands."""

@@ -6,8 +6,8 @@ X's order. A 1x1 convolution of images with channels innermost is the format's o
 
 The direct kernel skips zeros, the tensor cores do not: `worth_it` compares the two. Where it says no, and for the
 gradient of the weight, the weight (its gradient) is written out densely for cuDNN, which costs its dense bytes, and
-sampled at the stored places. The gradient of X is the same direct kernel over planes of dY, with the topology
-transposed once and the values gathered at every call.
+sampled at the stored places; torch's switches then decide about TF32. The gradient of X is the same direct kernel over
+planes of dY, with the topology transposed once and the values gathered at every call.
 """
 
 from __future__ import annotations
