@@ -6,8 +6,8 @@
 // of the step that some tap meets. 16-bit elements lie in pairs, in 32-bit words, and a plane comes as up to two
 // sheets: from its first element on, and from its second one on, for taps an odd distance away.
 //
-// Bytes: X is read once, and 4 bytes an element are written for each phase (two sheets of 16-bit ones): 13 and 28 MB for
-// bf16 images of [32, 256, 28, 28] and a 3x3 filter, 12 us of an H100's memory. Operations: none but the addresses,
+// Bytes: X is read once, and 4 bytes an element are written for each phase (two sheets of 16-bit ones): 13 and 28 MB
+// for bf16 images of [32, 256, 28, 28] and a 3x3 filter, 12 us of an H100's memory. Operations: none but the addresses,
 // found once for 32 channels. Images with channels innermost are transposed on the way, in shared memory; both orders
 // are read in whole sectors where there are 8 (fp32) or 16 channels, or lines as long.
 #pragma once
