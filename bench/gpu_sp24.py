@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sparsekern as sk
 from sparsekern import _ext
-from sparsekern.conv import cuda as convolution
+from sparsekern.conv import sp24_cuda as convolution
 from sparsekern.conv import weight_of
 from sparsekern.nn import SparseConv2d
 from sparsekern.sp24 import config, fragments

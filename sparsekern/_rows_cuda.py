@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ._ext import (
     ACTIVATIONS,
@@ -29,6 +30,8 @@ from ._workspace import workspace
 
 MV_TOKENS = 4  # at most so many are a matrix-vector product
 _MV_CHUNK = 4096  # nonzeros of a part of a row, where a row is longer than twice that; a multiple of 4
+# Distances from column to column in 8 bits: at this density one in 600 needs more, and ends a part of a row.
+_DISTANCES = 0.025
 _FILL = 2700  # cycles that a slice of X takes from the second-level cache: what a step costs without any nonzero
 _STEP = 10  # cycles of a nonzero where one row is all that a block waits for; beside others it takes one
 
@@ -100,7 +103,7 @@ def sddmm(w: Rows, dy: Tensor, x: Tensor) -> Tensor:
 def _mm(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: int) -> None:
     (n, k), m = w.shape, x.shape[0]
     module, dtype = cuda(), DTYPES[x.dtype]
-    topology, values = _topology(w), _aligned(w.values)
+    topology, values = _topology(w), aligned(w.values)
     strips = -(-m // _strip(x))
     tiles = module.csr_mm_tiles(dtype)
     workers = multiprocessors(x.device)
@@ -139,22 +142,25 @@ def _mm(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: in
 
 def _mv(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: int) -> None:
     (n, k), m = w.shape, x.shape[0]
-    values, units = _aligned(w.values), _units(w)
+    near = k <= 256 or w.col.shape[0] >= _DISTANCES * n * k
+    values, units = aligned(w.values), _units(w, near)
     tokens = 1 if m == 1 else MV_TOKENS
     partials, counters = workspace(x, units.slots * tokens, units.splits.shape[0])
-    short = plan(w.col, "csr.cuda.short", lambda: _padded(_short(w.col))) if k <= 2**16 else None
+    distances = plan(w.col, "csr.cuda.distances", lambda: _distances(w.col)) if near else None
+    short = None
+    if not near and k <= 2**16:
+        short = plan(w.col, "csr.cuda.short", lambda: padded_offsets(low_bits(w.col)))
     cuda().csr_mv(
-        0 if m == 1 else 1,
+        (0 if m == 1 else 1) + (0 if near else 2),
         DTYPES[x.dtype],
         values.data_ptr(),
         values.shape[0],
+        0 if distances is None else distances.data_ptr(),
         0 if short is None else short.data_ptr(),
         w.col.data_ptr(),
-        w.crow.data_ptr(),
         units.units.data_ptr(),
         units.units.shape[0],
         units.splits.data_ptr(),
-        _MV_CHUNK,
         m,
         n,
         k,
@@ -195,7 +201,7 @@ def _panels(x: Tensor) -> _Panels:
     return panels
 
 
-def _aligned(values: Tensor) -> Tensor:
+def aligned(values: Tensor) -> Tensor:
     """Values that begin at a multiple of 16 bytes: vectors are loaded from them."""
     return values if values.data_ptr() % 16 == 0 else values.clone()
 
@@ -219,20 +225,20 @@ def _topology(w: Rows) -> _Topology:
         slices = -(-k // width)
         row = torch.repeat_interleave(torch.arange(n, device=col.device), crow.diff().long(), output_size=col.shape[0])
         counts = torch.bincount(row * slices + col // width, minlength=n * slices)
-        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        return _Topology(_padded(_short(col % width * 128)), starts, slices)
+        starts = functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        return _Topology(padded_offsets(low_bits(col % width * 128)), starts, slices)
 
     return plan(col, ("csr.cuda", n, k), make)
 
 
-def _short(numbers: Tensor) -> Tensor:
-    """The low 16 bits."""
+def low_bits(numbers: Tensor) -> Tensor:
+    """The low 16 bits of each number."""
     return torch.where(numbers < 2**15, numbers, numbers - 2**16).to(torch.int16)
 
 
-def _padded(offsets: Tensor) -> Tensor:
+def padded_offsets(offsets: Tensor) -> Tensor:
     """Vectors of up to eight are read from it."""
-    return torch.nn.functional.pad(offsets, (0, 8))
+    return functional.pad(offsets, (0, 8))
 
 
 def _order(w: Rows, rows_per: int, warps: int) -> Tensor:
@@ -245,41 +251,47 @@ def _order(w: Rows, rows_per: int, warps: int) -> Tensor:
 
     def make() -> Tensor:
         groups = -(-n // rows)
-        lengths = torch.nn.functional.pad(crow.diff(), (0, groups * rows - n), value=-1).view(groups, rows)
-        place = lengths.argsort(dim=1, descending=True, stable=True)
-        row = place + rows * torch.arange(groups, device=crow.device)[:, None]
-        fours = torch.where(row < n, row, -1).view(groups, rows_per, warps, 4)
-        fours[:, 1::2] = fours[:, 1::2].flip(2)
-        return fours.to(torch.int32).contiguous()
+        lengths = functional.pad(crow.diff(), (0, groups * rows - n), value=-1).view(groups, rows)
+        return deal(lengths, rows * torch.arange(groups, device=crow.device), rows_per, warps)
 
     return plan(w.crow, ("csr.cuda.order", n, rows_per, warps), make)
 
 
-class _Items(NamedTuple):
+def deal(lengths: Tensor, first: Tensor, rows_per: int, warps: int) -> Tensor:
+    """int32 [groups, rows_per, warps, 4] of rows from lengths [groups, rows], -1 where there is none; `first` [groups]
+    is each group's first row."""
+    place = lengths.argsort(dim=1, descending=True, stable=True)
+    row = torch.where(lengths.gather(1, place) < 0, -1, place + first[:, None])
+    fours = row.view(lengths.shape[0], rows_per, warps, 4)
+    fours[:, 1::2] = fours[:, 1::2].flip(2)
+    return fours.to(torch.int32).contiguous()
+
+
+class Items(NamedTuple):
     items: Tensor  # int32 [count, 8]: csrc/csr/mm.cuh
     slots: int
     counters: int
 
 
-def _items(w: Rows, rows_per: int, warps: int, strips: int, workers: int) -> _Items:
+def _items(w: Rows, rows_per: int, warps: int, strips: int, workers: int) -> Items:
     """The work list of csr_mm: groups of rows, cut along K where one of them would keep the machine waiting."""
     (n, k), rows = w.shape, 4 * rows_per * warps
     # Blocks that each strip of tokens should make, in powers of two: one list serves many token counts.
     wanted = 1 << max(0, (-(-2 * workers // strips) - 1).bit_length())
 
-    def make() -> _Items:
+    def make() -> Items:
         topology = _topology(w)
         slices, groups = topology.slices, -(-n // rows)
         counts = topology.starts.diff().view(n, slices)
-        padded = torch.nn.functional.pad(counts, (0, 0, 0, groups * rows - n)).view(groups, rows, slices)
+        padded = functional.pad(counts, (0, 0, 0, groups * rows - n)).view(groups, rows, slices)
         cost = torch.maximum(padded.sum(1), _STEP * padded.amax(1))
         cost = torch.where(cost > 0, cost + _FILL, 0).cpu()
-        return _cut(cost, max(1.0, cost.sum().item() / wanted), w.col.device)
+        return cut(cost, max(1.0, cost.sum().item() / wanted), w.col.device)
 
     return plan(w.col, ("csr.cuda.items", n, k, rows, wanted), make)
 
 
-def _cut(cost: Tensor, target: float, device: torch.device) -> _Items:
+def cut(cost: Tensor, target: float, device: torch.device) -> Items:
     """Items of about `target` at most, from the costs [groups, slices]; empty slices at either end are left out."""
     items, slots, counters = [], 0, 0
     for group, costs in enumerate(cost.tolist()):
@@ -301,35 +313,53 @@ def _cut(cost: Tensor, target: float, device: torch.device) -> _Items:
         if parts > 1:
             slots, counters = slots + parts, counters + 1
     items.sort(key=lambda item: -item[0])  # stable: equal costs stay in order
-    return _Items(torch.tensor([item for _, item in items], dtype=torch.int32, device=device), slots, counters)
+    return Items(torch.tensor([item for _, item in items], dtype=torch.int32, device=device), slots, counters)
+
+
+def _distances(col: Tensor) -> Tensor:
+    """uint8 [nnz + 8]: how much further each column is than the one before it, where that fits."""
+    return padded_offsets(torch.diff(col, prepend=col[:1]).clamp(0, 255).to(torch.uint8))
 
 
 class _Units(NamedTuple):
-    units: Tensor  # int32 [count, 4]: row, begin, end, split or -1 (csrc/csr/mv.cuh)
+    units: Tensor  # int32 [count, 8]: row, begin, end, first column, split or -1, part (csrc/csr/mv.cuh)
     splits: Tensor  # int32 [splits, 2]: first slot, parts
     slots: int
 
 
-def _units(w: Rows) -> _Units:
-    """The work list of csr_mv: rows, and the parts of long ones, the longest first."""
-    crow = w.crow
+def _units(w: Rows, near: bool) -> _Units:
+    """The work list of csr_mv: rows, and the parts of long ones, the longest first.
+
+    near: a part ends where the next column is more than 255 further.
+    """
+    n, crow, col = w.shape[0], w.crow, w.col
 
     def make() -> _Units:
         begin, lengths = crow[:-1].long(), crow.diff().long()
+        row = torch.arange(n, device=crow.device)
         parts = torch.where(lengths > 2 * _MV_CHUNK, -(-lengths // _MV_CHUNK), 1)
-        row = torch.repeat_interleave(torch.arange(len(parts), device=crow.device), parts)
-        part = torch.arange(len(row), device=crow.device) - (parts.cumsum(0) - parts)[row]
-        first = begin[row] + part * _MV_CHUNK
-        last = torch.where(part + 1 == parts[row], begin[row] + lengths[row], first + _MV_CHUNK)
-        long = parts > 1
-        split = torch.where(long, long.cumsum(0) - 1, -1)
-        units = torch.stack((row, first, last, split[row]), 1)
+        of = torch.repeat_interleave(row, parts)
+        first = begin[of] + (torch.arange(len(of), device=of.device) - (parts.cumsum(0) - parts)[of]) * _MV_CHUNK
+        if near:
+            far = torch.diff(col, prepend=col[:1]) > 255  # where a row begins there is a part already
+            far = far.nonzero()[:, 0]
+            of = torch.cat((of, torch.searchsorted(crow.long(), far, right=True) - 1))
+            first = torch.cat((first, far))
+        both = torch.unique(torch.stack((of, first), 1), dim=0)  # sorted by row, then by place
+        of, first = both[:, 0], both[:, 1]
+        parts = torch.bincount(of, minlength=n)
+        part = torch.arange(len(of), device=of.device) - (parts.cumsum(0) - parts)[of]
+        last = torch.where(part + 1 == parts[of], crow[1:].long()[of], first.roll(-1))
+        column = functional.pad(col, (0, 1))[first]
+        cut = parts > 1
+        split = torch.where(cut, cut.cumsum(0) - 1, -1)[of]
+        units = torch.stack((of, first, last, column, split, part, split, split), 1)
         units = units[(last - first).argsort(descending=True, stable=True)].to(torch.int32).contiguous()
-        counts = parts[long]
+        counts = parts[cut]
         splits = torch.stack((counts.cumsum(0) - counts, counts), 1).to(torch.int32).contiguous()
         return _Units(units, splits, int(counts.sum()))
 
-    return plan(crow, "csr.cuda.units", make)
+    return plan(col, ("csr.cuda.units", n, near), make)
 
 
 class _Transposed(NamedTuple):
@@ -346,7 +376,7 @@ def _transposed(w: Rows) -> _Transposed:
         gather = col.argsort(stable=True)
         row = torch.repeat_interleave(torch.arange(n, device=col.device), crow.diff().long(), output_size=col.shape[0])
         counts = torch.bincount(col, minlength=k)
-        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        starts = functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         return _Transposed(gather, starts, row[gather].to(torch.int32))
 
     return plan(col, ("csr.cuda.transposed", n, k), make)

@@ -52,9 +52,8 @@ def check_products(w: Tensor, m: int, bias: bool = True, activation: str = "none
     layout, dense, dtype = pack(w), w.double(), w.dtype
     n, k = w.shape
     x, dy = view(m, k, dtype, 1, left), view(m, n, dtype, 2).contiguous()
-    decoded = (
-        dtype in HALVES and m <= cuda.DECODE and min(m, n, k) > 0 and cuda._choice(layout, m, x.device) is not None
-    )
+    ours = dtype in HALVES and m <= cuda.DECODE and min(m, n, k) > 0 and cuda._choice(layout, m, x.device) is not None
+    decoded = ours or (min(m, n, k) > 0 and cuda.by_rows(layout, m))
     b = random_dense(n, dtype=dtype, seed=3) if bias else None
     want = x.double() @ dense.t() + (b.double() if b is not None else 0)
     assert_near(cuda.mm(layout, x if decoded else x.contiguous(), b, activation), ACTIVATIONS[activation](want))
@@ -140,6 +139,17 @@ def test_activations(emulated_once: ModuleType, activation: str, m: int) -> None
 def test_fp32(emulated: ModuleType, m: int) -> None:
     """No tensor core is exact enough: rows for a token or four, the dense product otherwise."""
     check_products(weight(70, 300, 0.5, torch.float32), m)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 5])
+@pytest.mark.parametrize("sparsity", [0.8, 0.9])
+def test_few_weights(emulated: ModuleType, m: int, sparsity: float) -> None:
+    """Rows below a density, bits above it."""
+    w = weight(70, 700, sparsity)
+    layout = pack(w)
+    assert cuda.by_rows(layout, m) == (m <= 4 and (m == 1 or sparsity == 0.9))
+    with mock.patch.object(cuda, "_decode" if cuda.by_rows(layout, m) else "rows_of", side_effect=AssertionError):
+        check_products(w, m)
 
 
 def test_every_kernel(emulated_once: ModuleType) -> None:

@@ -108,11 +108,47 @@ def test_long_rows_are_split_among_subwarps(emulated: ModuleType) -> None:
     w = torch.zeros(5, 66000)
     w[1], w[3, ::7], w[4, -1] = random_dense(66000), 1.0, 2.0
     layout, x = pack(w), random_dense(3, 66000, seed=1)
-    units = _rows_cuda._units(layout)
-    assert units.splits.tolist() == [[0, 17], [17, 3]]
-    assert sorted(units.units[:, 3].tolist()).count(0) == 17
-    for m in (1, 3):
-        assert_near(cuda.mm(layout, x[:m], None, "none"), x[:m].double() @ w.double().t())
+    for near in (False, True):
+        units = _rows_cuda._units(layout, near)
+        assert units.splits.tolist() == [[0, 17], [17, 3]]
+        assert sorted(units.units[:, 4].tolist()).count(0) == 17
+        with mock.patch.object(_rows_cuda, "_DISTANCES", 0.0 if near else 1.0):
+            for m in (1, 3):
+                assert_near(cuda.mm(layout, x[:m], None, "none"), x[:m].double() @ w.double().t())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.1, 1.0])
+def test_distances_of_columns(emulated: ModuleType, density: float, dtype: torch.dtype) -> None:
+    """8 bits from column to column, whatever the density: where they do not do, a row has several parts."""
+    w = weight(40, 2000, 1 - density, dtype)
+    w[2], w[3, 5:], w[4, :-1] = 0, 0, 0
+    w[5], w[6] = 0, 0
+    w[5, ::255], w[6, ::256] = 1.0, 2.0
+    layout, x = pack(w), view(4, 2000, dtype, 1)
+    for kind in (0.0, 2.0):
+        with mock.patch.object(_rows_cuda, "_DISTANCES", kind):
+            for m in (1, 4):
+                assert_near(cuda.mm(layout, x[:m], None, "none"), x[:m].double() @ w.double().t())
+
+
+def test_parts_of_distances() -> None:
+    """Every nonzero is in one part, no distance in a part exceeds 8 bits, empty rows have a part, too."""
+    for density in (0.001, 0.01, 0.3):
+        layout = pack(weight(50, 3000, 1 - density))
+        rows = _rows_cuda._units(layout, True).units.tolist()
+        distances, col = _rows_cuda._distances(layout.col).tolist(), layout.col.tolist()
+        places = []
+        for row, begin, end, column, *_ in rows:
+            assert layout.crow[row] <= begin <= end <= layout.crow[row + 1]
+            if begin < end:
+                assert column == col[begin]
+            for place in range(begin + 1, end):
+                column += distances[place]
+                assert column == col[place]
+            places += range(begin, end)
+        assert sorted(places) == list(range(len(col)))
+        assert {row for row, *_ in rows} == set(range(50))
 
 
 def test_infinities_meet_only_their_own_weights(emulated: ModuleType) -> None:
@@ -145,7 +181,7 @@ def test_plans_are_made_once(emulated_once: ModuleType) -> None:
 def test_work_lists(emulated_once: ModuleType) -> None:
     """Every slice of every group is in one item, the longest first, and parts of a group are numbered in order."""
     cost = torch.tensor([[0, 5000, 3000, 0], [0, 0, 0, 0], [90000, 4000, 5000, 30000]])
-    items = _rows_cuda._cut(cost, 40000.0, cost.device)
+    items = _rows_cuda.cut(cost, 40000.0, cost.device)
     rows = items.items.tolist()
     assert [(r[0], r[1], r[2]) for r in sorted(rows)] == [(0, 1, 3), (1, 0, 0), (2, 0, 1), (2, 1, 2), (2, 2, 4)]
     assert [int(cost[r[0], r[1] : r[2]].sum()) for r in rows] == [90000, 35000, 8000, 4000, 0]

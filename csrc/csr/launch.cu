@@ -1,61 +1,20 @@
-// The kernels of csr: instances and launches.
-#include "../device/launch.h"
-#include "kernels.cuh"
+// The products of csr: instances and launches.
+#include "launch.cuh"
 #include "mv.cuh"
 #include "sddmm.cuh"
 
 namespace sk::csr {
 namespace {
 
-template <class F>
-auto with_type(int type, F f) {
-    switch (static_cast<Type>(type)) {
-        case Type::f32: return f.template operator()<Type::f32>();
-        case Type::bf16: return f.template operator()<Type::bf16>();
-        case Type::f16: return f.template operator()<Type::f16>();
-        default: throw std::runtime_error("csr: no kernel for values of type " + std::to_string(type));
-    }
-}
-
-template <class... C>
-struct Kernels {
-    template <class F>
-    static void pick(int index, F f) {
-        int i = 0;
-        const bool found = ((i++ == index && (f.template operator()<C>(), true)) || ...);
-        if (!found) throw std::runtime_error("csr: there is no kernel " + std::to_string(index));
-    }
-};
-struct None {};
-template <class, class... C>
-using Rest = Kernels<C...>;
-
 #define SK_ENTRY_MM(ROWS, WARPS, STAGES) , MmTile<T, ROWS, WARPS, STAGES>
 #define SK_ENTRY_SDDMM(ROWS, WARPS, STAGES) , SddmmTile<T, ROWS, WARPS, STAGES>
-#define SK_ENTRY_MV(TOKENS) , MvTile<T, TOKENS>
+#define SK_ENTRY_MV(TOKENS, DISTANCES) , MvTile<T, TOKENS, DISTANCES>
 template <Type T>
 using MmKernels = Rest<None SK_CSR_MM(SK_ENTRY_MM)>;
 template <Type T>
 using SddmmKernels = Rest<None SK_CSR_SDDMM(SK_ENTRY_SDDMM)>;
 template <Type T>
 using MvKernels = Rest<None SK_CSR_MV(SK_ENTRY_MV)>;
-
-template <class T>
-T* pointer(uint64_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-int up(int a, int b) { return (a + b - 1) / b; }
-
-device::Epilogue epilogue(const Out& out, int type) {
-    device::Epilogue e{};
-    e.bias = pointer<const void>(out.bias);
-    e.alpha = 1.0f;
-    e.bias_type = static_cast<Type>(out.bias_type);
-    e.out_type = static_cast<Type>(type);
-    e.activation = static_cast<device::Activation>(out.activation);
-    return e;
-}
 
 template <template <Type> class List>
 std::vector<TileInfo> tiles(int type) {
@@ -73,7 +32,7 @@ std::vector<TileInfo> tiles(int type) {
 std::vector<TileInfo> mm_tiles(int type) { return tiles<MmKernels>(type); }
 std::vector<TileInfo> sddmm_tiles(int type) { return tiles<SddmmKernels>(type); }
 int slice_columns() { return kTileK; }
-int mv_staged_bytes() { return MvTile<Type::f32, 1>::kSharedBytes; }
+int mv_staged_bytes() { return MvTile<Type::f32, 1, true>::kSharedBytes; }
 
 void panels(const PanelsCall& c) {
     with_type(c.type, [&]<Type T>() {
@@ -117,6 +76,8 @@ void mv(const MvCall& c) {
             if (c.m > C::kTokens) throw std::runtime_error("csr_mv: more tokens than the kernel has");
             Mv p{};
             p.values = pointer<const char>(c.values);
+            if (C::kDistances != (c.distances != 0)) throw std::runtime_error("csr_mv: columns of another kind");
+            p.distances = pointer<const uint8_t>(c.distances);
             p.short_columns = pointer<const uint16_t>(c.short_columns);
             p.columns = pointer<const int32_t>(c.columns);
             p.units = pointer<const Unit>(c.units);
@@ -130,9 +91,7 @@ void mv(const MvCall& c) {
             p.n = c.n;
             p.k = c.k;
             p.units_count = c.units_count;
-            p.chunk = c.chunk;
             p.staged = int64_t{c.k} * C::kTokens * 4 <= C::kSharedBytes;
-            p.crow = pointer<const int32_t>(c.crow);
             p.partials = pointer<float>(c.partials);
             p.counters = pointer<uint32_t>(c.counters);
             p.epilogue = epilogue(c.out, c.type);

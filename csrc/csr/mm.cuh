@@ -103,8 +103,8 @@ SK_DEVICE void load_four(uint32_t (&out)[device::bytes_of(T)], const char* value
     }
 }
 
-template <Type T>
-SK_DEVICE Four<T> load_nonzeros(const Mm& p, int i) {
+template <Type T, class P>
+SK_DEVICE Four<T> load_nonzeros(const P& p, int i) {
     Four<T> four;
     const Vec2 o = *reinterpret_cast<const Vec2*>(p.offsets + i);
     four.offsets[0] = o.x;

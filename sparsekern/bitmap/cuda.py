@@ -2,6 +2,11 @@
 
 Skipping half of the products saves nothing where they are what costs: beyond DECODE tokens, and for gradients, the
 weight is written out densely for cuBLAS by a kernel that costs its dense bytes, and thrown away.
+
+Where few weights are left their bits cost more than their columns: csrc/csr/mv.cuh has the bytes of both. On an H100 a
+multiprocessor spends about 70 cycles on 1024 weights by bits, whatever their number, and 0.2 cycles on each nonzero by
+distances (3 bytes) for one token, 0.4 for up to four: equal at densities of 0.34 and 0.17. Cards with less bandwidth
+count bytes, 2 d + 1/8 and 3 d: equal at 0.125, 11 % more at 0.2. BY_ROWS lies between.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ from . import fragments
 from .layout import Bitmap
 
 DECODE = 64  # tokens
+BY_ROWS = {1: 0.25, 2: 0.15, 3: 0.15, 4: 0.15}  # tokens: densities below which the weight is read as rows
 HALVES = (torch.bfloat16, torch.float16)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may have, by architecture
 
@@ -52,14 +58,22 @@ def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tenso
     """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
     (n, k), m = layout.shape, x.shape[0]
     if m and n and k:
+        if by_rows(layout, m):
+            return _rows_cuda.mm(rows_of(layout), x, bias, activation)
         if layout.dtype in HALVES and m <= DECODE:
             how = _choice(layout, m, x.device)
             if how is not None:
                 return _decode(layout, x, bias, activation, *how)
-        elif m <= _rows_cuda.MV_TOKENS and layout.values.numel() < 2**31:
-            return _rows_cuda.mm(_rows_of(layout), x, bias, activation)
     bias = bias if bias is None else bias.to(x.dtype)
     return FUNCTIONS[activation](torch.nn.functional.linear(x, _dense(layout), bias))
+
+
+def by_rows(layout: Bitmap, m: int) -> bool:
+    """Whether a product with m tokens reads the weight as rows: few tokens, and few weights or fp32 ones, for which no
+    tensor core is exact enough."""
+    if m > _rows_cuda.MV_TOKENS or layout.values.numel() >= 2**31:
+        return False
+    return layout.dtype not in HALVES or layout.density < BY_ROWS[m]
 
 
 def mm_t(layout: Bitmap, dy: Tensor) -> Tensor:
@@ -167,7 +181,7 @@ def _expand(entry: str, layout: Bitmap, values: Tensor, dense: Tensor) -> None:
         getattr(cuda(), entry)(DTYPES[values.dtype], values.data_ptr(), *where)
 
 
-def _rows_of(layout: Bitmap) -> DerivedRows:
+def rows_of(layout: Bitmap) -> DerivedRows:
     """The same weight with explicit columns, derived once."""
 
     def make() -> tuple[Tensor, Tensor]:

@@ -15,11 +15,21 @@ from ..dispatch import BACKENDS
 from ..formats import FORMATS
 from ..layout import Layout
 from ..ref import ACTIVATIONS
-from . import cuda, host, ref, triton
+from . import host, ref, rows_cuda, sp24_cuda, triton
 from .geometry import Geometry, memory_format
 
-_MODULES = {"host": host, "cuda": cuda, "triton": triton, "ref": ref}
+_MODULES = {"host": host, "triton": triton, "ref": ref}
+_CUDA = {"sp24": sp24_cuda, "csr": rows_cuda, "bitmap": rows_cuda}  # the module of a format
 _BACKENDS = {"cpu": ("host",), "cuda": ("cuda", "triton")}  # device type -> backends beside the oracle, fastest first
+
+
+def _module(backend: str, format: str) -> ModuleType | None:
+    return _CUDA.get(format) if backend == "cuda" else _MODULES.get(backend)
+
+
+def name_of(module: ModuleType) -> str:
+    """The backend that a module implements."""
+    return "cuda" if module in _CUDA.values() else module.__name__.rpartition(".")[2]
 
 
 def why_not(backend: str, op: str, layout: Layout, x: Tensor, g: Geometry) -> str | None:
@@ -27,9 +37,11 @@ def why_not(backend: str, op: str, layout: Layout, x: Tensor, g: Geometry) -> st
     if backend not in BACKENDS:
         return f"there is no backend of this name; known: {', '.join(BACKENDS)}"
     simulated = (backend == "triton" and interpreting()) or (backend == "cuda" and emulating())
-    if not simulated and backend not in (*_BACKENDS.get(x.device.type, ()), "ref"):
-        return f"convolution has no such backend on {x.device.type} tensors"
-    return _MODULES[backend].why_not(op, layout, x, g)
+    module = _module(backend, layout.format)
+    if module is None or (not simulated and backend not in (*_BACKENDS.get(x.device.type, ()), "ref")):
+        return f"convolution with {layout.format} has no such backend on {x.device.type} tensors"
+    reason: str | None = module.why_not(op, layout, x, g)
+    return reason
 
 
 def choose(op: str, layout: Layout, x: Tensor, backend: str | None, g: Geometry) -> ModuleType:
@@ -38,16 +50,17 @@ def choose(op: str, layout: Layout, x: Tensor, backend: str | None, g: Geometry)
         reason = why_not(backend, op, layout, x, g)
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} cannot run {layout.format}_{op}: {reason}")
-        return _MODULES[backend]
-    for module in _modules(x.device):
+        return _module(backend, layout.format) or ref
+    for module in _modules(layout.format, x.device):
         if module.why_not(op, layout, x, g) is None:
             return module
     return ref
 
 
 @cache
-def _modules(device: torch.device) -> tuple[ModuleType, ...]:
-    return tuple(_MODULES[name] for name in _BACKENDS.get(device.type, ()))
+def _modules(format: str, device: torch.device) -> tuple[ModuleType, ...]:
+    found = (_module(name, format) for name in _BACKENDS.get(device.type, ()))
+    return tuple(module for module in found if module is not None)
 
 
 def _geometry(geometry):

@@ -72,7 +72,7 @@ def backend_of(module: SparseModule, x: Tensor) -> tuple[str, str]:
         tried = {b: dispatch.why_not(b, "mm", packed, rows) for b in dispatch.backends(module.format, x.device.type)}
     else:
         geometry = cast(Geometry, module.geometry)
-        name = library.choose("conv2d", packed, x, None, geometry).__name__.rpartition(".")[2]
+        name = library.name_of(library.choose("conv2d", packed, x, None, geometry))
         tried = {b: library.why_not(b, "conv2d", packed, x, geometry) for b in dispatch.BACKENDS}
     reasons = [f"{b}: {why}" for b, why in tried.items() if why is not None and "no such backend" not in why]
     return name, "" if name != "ref" else "; ".join(reasons) or f"no kernel on {x.device.type}"

@@ -7,7 +7,7 @@ import torch
 import sparsekern as sk
 from sparsekern._ext import CUDA_DTYPES
 from sparsekern.conv import Geometry, weight_of
-from sparsekern.conv import cuda as convolution
+from sparsekern.conv import sp24_cuda as convolution
 from sparsekern.sp24 import config, cuda
 from sparsekern.testing import random_dense
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional, grad
 
-from ..layout import Layout
 from ..sp24 import cuda as product
 from ..sp24 import fragments, repack
 from ..sp24.config import Choice
@@ -26,10 +25,8 @@ from .geometry import ORDERS, Geometry, channels_last, matrix_of, memory_format
 MOST_PIXELS = 2**30  # of all images: pixels are counted in 32 bits
 
 
-def why_not(op: str, layout: Layout, x: Tensor, g: Geometry) -> str | None:
+def why_not(op: str, layout: Sp24, x: Tensor, g: Geometry) -> str | None:
     """Why the CUDA kernels cannot run this convolution, or None where they can."""
-    if not isinstance(layout, Sp24):
-        return f"the CUDA convolution is of sp24, this weight is {layout.format}"
     if layout.dtype.itemsize == 1:
         return f"{str(layout.dtype).removeprefix('torch.')} convolution weights are not supported by the CUDA kernels"
     reason = product.why_not({"conv2d": "mm", "conv2d_input": "mm_t"}.get(op, "sddmm"), layout, x)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsekern.bsr import pack as pack_bsr
 from sparsekern.conv import Geometry, library, matrix_of, padding_of, weight_of
-from sparsekern.conv import cuda as convolution
+from sparsekern.conv import sp24_cuda as convolution
 from sparsekern.functional import conv2d
 from sparsekern.nn import SparseConv2d
 from sparsekern.sp24 import config, cuda
@@ -238,9 +239,8 @@ def test_types_and_formats_that_are_refused(emulated_once: ModuleType, monkeypat
     assert "not torch.float32" in str(library.why_not("cuda", "conv2d", layout, x, g))
     quantised = pack24(random_dense(40, 576, dtype=torch.int8), prune=True, scale=torch.ones(40))
     assert "int8 convolution weights are not" in str(library.why_not("cuda", "conv2d", quantised, x, g))
-    from sparsekern.csr import pack as pack_csr
-
-    assert "this weight is csr" in str(library.why_not("cuda", "conv2d", pack_csr(torch.eye(40, 576)), x, g))
+    blocks = pack_bsr(torch.eye(40, 576), (8, 8))
+    assert "with bsr has no such backend" in str(library.why_not("cuda", "conv2d", blocks, x, g))
     monkeypatch.setattr(convolution, "MOST_PIXELS", 42)
     half = layout.to(dtype=torch.float16)
     assert "42 pixels or more" in str(library.why_not("cuda", "conv2d", half, x.half(), g))
