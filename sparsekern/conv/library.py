@@ -27,6 +27,13 @@ def _module(backend: str, format: str) -> ModuleType | None:
     return _CUDA.get(format) if backend == "cuda" else _MODULES.get(backend)
 
 
+@cache
+def modules(format: str, device_type: str) -> tuple[ModuleType, ...]:
+    """The modules that may run a format's convolutions on a device type, in the order in which they are tried."""
+    found = (_module(name, format) for name in (*_BACKENDS.get(device_type, ()), "ref"))
+    return tuple(module for module in found if module is not None)
+
+
 def name_of(module: ModuleType) -> str:
     """The backend that a module implements."""
     return "cuda" if module in _CUDA.values() else module.__name__.rpartition(".")[2]
@@ -51,16 +58,10 @@ def choose(op: str, layout: Layout, x: Tensor, backend: str | None, g: Geometry)
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} cannot run {layout.format}_{op}: {reason}")
         return _module(backend, layout.format) or ref
-    for module in _modules(layout.format, x.device):
+    for module in modules(layout.format, x.device.type):
         if module.why_not(op, layout, x, g) is None:
             return module
     return ref
-
-
-@cache
-def _modules(format: str, device: torch.device) -> tuple[ModuleType, ...]:
-    found = (_module(name, format) for name in _BACKENDS.get(device.type, ()))
-    return tuple(module for module in found if module is not None)
 
 
 def _geometry(geometry):
