@@ -35,7 +35,7 @@ SPARSE = {
     "csr": {"float32": Rates(100.0, 8.0, 0.2), "bfloat16": Rates(100.0, 8.0, 0.2)},
     "bsr": {"float32": Rates(130.0, 15.0, 0.2), "bfloat16": Rates(700.0, 15.0, 0.1)},
     "sp24": {"float32": Rates(90.0, 12.0, 0.2), "bfloat16": Rates(450.0, 12.0, 0.1)},
-    "bitmap": {"float32": Rates(90.0, 12.0, 0.2), "bfloat16": Rates(450.0, 10.0, 0.1)},
+    "bitmap": {"float32": Rates(180.0, 12.0, 0.2), "bfloat16": Rates(900.0, 10.0, 0.1)},
 }
 
 

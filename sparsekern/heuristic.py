@@ -37,14 +37,14 @@ class Rates(NamedTuple):
 # Of an AMX core. 16-bit values of csr are multiplied in float32 vectors, those of the others in matrix units.
 # <fitted> python -m bench.fit_heuristic --write
 DENSE = {
-    "float32": Rates(186.0, 7.82, gemv=14.0),
-    "bfloat16": Rates(1190.0, 15.6, gemv=8.76),
+    "float32": Rates(154.0, 12.6, gemv=29.2),
+    "bfloat16": Rates(1120.0, 14.7, gemv=12.7),
 }
 SPARSE = {
-    "csr": {"float32": Rates(149.0, 8.0, panel=0.474), "bfloat16": Rates(100.0, 8.0, panel=0.2)},
-    "bsr": {"float32": Rates(153.0, 11.2, panel=0.221), "bfloat16": Rates(986.0, 31.1, panel=0.224)},
-    "sp24": {"float32": Rates(126.0, 12.0, panel=0.197), "bfloat16": Rates(564.0, 8.54, panel=0.0987)},
-    "bitmap": {"float32": Rates(90.0, 12.0, panel=0.2), "bfloat16": Rates(277.0, 9.57, panel=0.101)},
+    "csr": {"float32": Rates(104.0, 16.6, panel=0.363), "bfloat16": Rates(102.0, 13.6, panel=0.414)},
+    "bsr": {"float32": Rates(128.0, 17.6, panel=0.202), "bfloat16": Rates(902.0, 21.5, panel=0.17)},
+    "sp24": {"float32": Rates(105.0, 24.7, panel=0.189), "bfloat16": Rates(476.0, 13.2, panel=0.0604)},
+    "bitmap": {"float32": Rates(215.0, 8.67, panel=0.197), "bfloat16": Rates(1100.0, 10.2, panel=0.0942)},
 }
 # </fitted>
 # Dense rates of the instruction sets: float32 and bfloat16 relative to AMX, float16 to the set's own float32.
@@ -98,10 +98,11 @@ def dense_us(rates: Rates, m: int, n: int, k: int, item: int) -> float:
 
 def sparse_us(rates: Rates, format: str, m: int, n: int, k: int, item: int, density: float) -> float:
     """Microseconds of the product with a weight of the format."""
-    stored = 0.5 if format == "sp24" else density
-    size = n * k * (stored * (item + _INDEX_BYTES[format]) + (0.125 if format == "bitmap" else 0.0))
+    # The bits of a bitmap are expanded before they are multiplied, zeros included.
+    multiplied = {"sp24": 0.5, "bitmap": 1.0}.get(format, density)
+    size = stored_bytes(format, n, k, item, density)
     panels = rates.panel * item * m * (n + k)
-    return _OVERHEAD_US["sparse"] + 2e-3 * m * n * k * stored / rates.gflops + 1e-3 * (size / rates.gbs + panels)
+    return _OVERHEAD_US["sparse"] + 2e-3 * m * n * k * multiplied / rates.gflops + 1e-3 * (size / rates.gbs + panels)
 
 
 def _gflops(isa: str, format: str, dtype: torch.dtype) -> tuple[float, float]:
