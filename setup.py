@@ -274,8 +274,10 @@ class NinjaBuild(build_ext):
             raise SystemExit("sparsekern: the C++ build failed; the compiler's message is above") from error
 
     def copy_extensions_to_source(self) -> None:
-        if all(Path(self.build_lib, self.get_ext_filename(e.name)).exists() for e in self.extensions):
-            super().copy_extensions_to_source()
+        built = [e for e in self.extensions if Path(self.build_lib, self.get_ext_filename(e.name)).exists()]
+        self.extensions, every = built, self.extensions
+        super().copy_extensions_to_source()
+        self.extensions = every
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]

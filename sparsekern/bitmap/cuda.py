@@ -33,6 +33,7 @@ from ..ref import ACTIVATIONS as FUNCTIONS
 from . import fragments
 from .layout import Bitmap
 
+ENDINGS = frozenset[str]()  # what mm takes beside bias and activation (_ending.py)
 DECODE = 64  # tokens
 HALVES = (torch.bfloat16, torch.float16)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may have, by architecture

@@ -23,13 +23,14 @@ from .._ext import (
 )
 from .._plan import plan
 from .._workspace import workspace
-from ..ref import out_dtype
+from ..ref import result_dtype
 from . import fragments, repack
 from .config import Choice, Kernel, candidates
 from .layout import Sp24
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.int8, FP8)
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+ENDINGS = frozenset(("x_scale", "residual", "out_dtype", "use_fast_accum"))  # what mm takes beside bias, activation
 
 
 def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
@@ -55,24 +56,26 @@ def mm(
     *,
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
-    out: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
     how: Choice | None = None,
 ) -> Tensor:
     """Y = act(X W^T * w_scale * x_scale + bias) + residual: x [M, K] -> [M, N].
 
-    x_scale: float32 [M], one for each token. out: the output's type; torch.int32 gives the plain sums of an int8
-    product, without any epilogue. how: instead of the heuristic's choice.
+    x_scale: float32 [M], one for each token. out_dtype: the output's type; torch.int32 gives the plain sums of an int8
+    product, without any epilogue. use_fast_accum: fp8 sums may stay in Hopper's tensor cores for all of K, which keep
+    some 14 bits of them; else they are promoted to float32 every 128 columns. how: instead of the heuristic's choice.
     """
     (n, k), m, dtype = layout.shape, x.shape[0], layout.values.dtype
-    out = out or out_dtype(x)
+    out = out_dtype or result_dtype(x)
     if out not in (*OUTPUTS, torch.int32) or (out == torch.int32 and dtype != torch.int8):
-        raise ValueError(f"out must be one of float32, bfloat16, float16 (int32 for int8 values), got {out}")
+        raise ValueError(f"out_dtype must be one of float32, bfloat16, float16 (int32 for int8 values), got {out}")
     y = x.new_empty((m, n), dtype=out)
     if m == 0 or n == 0:
         return y
     if k == 0:
         raise NotImplementedError("a weight without columns has no CUDA kernel")
-    return _product(packed(layout), layout.scale, x, y, bias, activation, x_scale, residual, how)
+    return _product(packed(layout), layout.scale, x, y, bias, activation, x_scale, residual, use_fast_accum, how)
 
 
 def _product(
@@ -84,6 +87,7 @@ def _product(
     activation: str = "none",
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    use_fast_accum: bool = False,
     how: Choice | None = None,
 ) -> Tensor:
     """`mm` into y [M, N] by a weight in fragment order of x's type; none of the sizes is 0."""
@@ -91,7 +95,7 @@ def _product(
     x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
     if x.dtype == FP8 and not _aligned(x) and _card(x) == 90:
         x = torch.nn.functional.pad(x.view(torch.uint8), (0, -x.shape[1] % 16)).clone().view(FP8)
-    how = how or _choose(n, x)
+    how = how or _choose(n, x, use_fast_accum)
     kernel = kernels(dtype)[how.kernel]
     scratch = _scratch(x, kernel, how)
     bias = known_bias(bias)
@@ -215,14 +219,14 @@ def kernels(dtype: int) -> tuple[Kernel, ...]:
     return tuple(Kernel(*row) for row in cuda().sp24_kernels(dtype))
 
 
-def choice(layout: Sp24, x: Tensor) -> Choice:
+def choice(layout: Sp24, x: Tensor, use_fast_accum: bool = False) -> Choice:
     """The heuristic's choice for this product."""
-    return _choose(layout.shape[0], x)
+    return _choose(layout.shape[0], x, use_fast_accum)
 
 
-def _choose(n: int, x: Tensor) -> Choice:
+def _choose(n: int, x: Tensor, use_fast_accum: bool = False) -> Choice:
     shape = (x.shape[0], n, -(-x.shape[1] // fragments.block_k(x.dtype)))
-    return _choice(CUDA_DTYPES[x.dtype], *shape, _card(x), multiprocessors(x.device), _aligned(x))
+    return _choice(CUDA_DTYPES[x.dtype], *shape, _card(x), multiprocessors(x.device), _aligned(x), use_fast_accum)
 
 
 def _card(x: Tensor) -> int:
@@ -234,7 +238,9 @@ def _aligned(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _choice(dtype: int, m: int, n: int, k_blocks: int, card: int, processors: int, aligned: bool) -> Choice:
+def _choice(
+    dtype: int, m: int, n: int, k_blocks: int, card: int, processors: int, aligned: bool, fast_accum: bool
+) -> Choice:
     found = candidates(
         kernels(dtype),
         m,
@@ -244,6 +250,7 @@ def _choice(dtype: int, m: int, n: int, k_blocks: int, card: int, processors: in
         processors=processors,
         aligned=aligned,
         fp8=dtype == CUDA_DTYPES[FP8],
+        fast_accum=fast_accum,
     )
     return found[0]
 
