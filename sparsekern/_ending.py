@@ -40,12 +40,8 @@ def why_not(module: ModuleType, ending: Ending | None) -> str | None:
     return f"it has no {' and no '.join(asked)}" if asked else None
 
 
-def mm(
-    module: ModuleType, layout: Layout, x: Tensor, bias: Tensor | None, activation: str, ending: Ending | None
-) -> Tensor:
+def mm(module: ModuleType, layout: Layout, x: Tensor, bias: Tensor | None, activation: str, ending: Ending) -> Tensor:
     """Y [M, N] of a backend's module that can run the product and end like this."""
-    if ending is None:
-        return module.mm(layout, x, bias, activation)
     asked, own = ending.asked(), module.ENDINGS or frozenset()
     if "use_fast_accum" not in own:
         asked.pop("use_fast_accum", None)  # an allowance, not a wish

@@ -36,10 +36,14 @@ def _raw(*names: str) -> int:
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 try:
     # What a thread's dispatch keys are while no mode, transform, tracer or functionalization is active, and those of
-    # an ordinary CPU tensor; each outside and inside of inference mode. A tensor that is fake, batched, lazily negated
-    # or of a subclass has others. They are spelt out: what is found at import might be found under a mode.
+    # an ordinary tensor on a CPU or a GPU; each outside and inside of inference mode. A tensor that is fake, batched,
+    # lazily negated or of a subclass has others. They are spelt out: what is found at import might be found in a mode.
     _QUIET = frozenset((_raw("BackendSelect", "ADInplaceOrView"), _raw("BackendSelect")))
-    _PLAIN = frozenset((_raw("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _raw("CPU", "AutocastCPU")))
+    _PLAIN = {
+        _raw(*names): names[0].lower()
+        for on in ("CPU", "CUDA")
+        for names in ((on, "ADInplaceOrView", f"Autograd{on}", f"Autocast{on}"), (on, f"Autocast{on}"))
+    }
     _keys_of_thread = torch._C._dispatch_tls_local_include_set
     _keys_of = torch._C._dispatch_keys
     _function_mode = torch._C._is_torch_function_mode_enabled
@@ -53,20 +57,21 @@ def unwatched(values: Tensor, x: Tensor, other: Tensor | None = None) -> bool:
     """Whether torch would do nothing with a call but pass it on: then it goes straight, which spares 5 us.
 
     No trace, mode, transform, autocast or profiler is there to see an op, and every tensor is an ordinary one on
-    the CPU. Gradients are not asked about: the ops have none, they lie around them.
+    one CPU or GPU. Gradients are not asked about: the ops have none, they lie around them.
     """
+    if is_compiling():  # first: what follows is for no trace to see
+        return False
+    if not _can_tell or _keys_of_thread().raw_repr() not in _QUIET or _function_mode() or _profiled():
+        return False
+    device = _PLAIN.get(_keys_of(x).raw_repr()) if type(x) in _TYPES else None
     return (
-        not is_compiling()  # first: what follows is for no trace to see
-        and _can_tell
-        and _keys_of_thread().raw_repr() in _QUIET
-        and not _function_mode()
-        and not _profiled()
-        and not is_autocast_enabled("cpu")
-        and type(x) in _TYPES
-        and _keys_of(x).raw_repr() in _PLAIN
+        device is not None
+        and not is_autocast_enabled(device)
         and type(values) in _TYPES
-        and _keys_of(values).raw_repr() in _PLAIN
-        and (other is None or (type(other) in _TYPES and _keys_of(other).raw_repr() in _PLAIN))
+        and _PLAIN.get(_keys_of(values).raw_repr()) == device
+        and (other is None or (type(other) in _TYPES and _PLAIN.get(_keys_of(other).raw_repr()) == device))
+        and (device == "cpu" or x.get_device() == values.get_device())
+        and (device == "cpu" or other is None or x.get_device() == other.get_device())
     )
 
 
@@ -111,7 +116,9 @@ def _define(name: str, schema: str, run: Any, fake: Any) -> dict[str, Any]:
 
 
 def _mm(layout, x, bias, activation, backend, *given):
-    ending = Ending(*given) if given else None
+    if not given:
+        return choose("mm", layout, x, backend).mm(layout, x, bias, activation)
+    ending = Ending(*given)
     return _ending.mm(choose("mm", layout, x, backend, ending), layout, x, bias, activation, ending)
 
 

@@ -52,7 +52,7 @@ def choose(op: str, layout: Layout, x: Tensor, backend: str | None = None, endin
             raise NotImplementedError(f"backend {backend!r} cannot run {layout.format}_{op}: {reason}")
         return backend_module(layout.format, backend)
     modules = _modules(FORMATS[layout.format], x.device)
-    if len(modules) > 2:
+    if len(modules) > 2 and tune.measured(x.device):
         best = tune.backend_for(op, layout, x, backends(layout.format, x.device.type)[:-1])
         if best is not None and why_not(best, op, layout, x, ending) is None:
             return backend_module(layout.format, best)

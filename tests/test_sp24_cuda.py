@@ -10,7 +10,7 @@ from conftest import SCHEDULES, running_on_device
 from torch import Tensor
 
 import sparsekern as sk
-from sparsekern import ref
+from sparsekern import _library, ref
 from sparsekern._ext import CUDA_DTYPES, FP8
 from sparsekern.sp24 import config, cuda, fragments
 from sparsekern.sp24 import pack as pack24
@@ -256,6 +256,22 @@ def test_reasons(emulated: ModuleType) -> None:
     assert "no kernel but mm" in str(cuda.why_not("mm_t", quantised, x.to(torch.int8)))
     with pytest.raises(ValueError, match="out_dtype must be one of"):
         cuda.mm(half, x.half(), None, "none", out_dtype=torch.int32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_calls_on_a_card_go_straight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain CUDA tensor is known as one (in and outside of inference mode), and autocast is noticed."""
+    layout = weight(64, 64, torch.float16).map(lambda t: t.cuda())
+    x, bias = torch.randn(4, 64, dtype=torch.float16, device="cuda"), torch.zeros(64, device="cuda")
+    assert _library.unwatched(layout.values, x, bias)
+    assert not _library.unwatched(layout.values, x, bias.cpu())
+    with torch.inference_mode():
+        assert _library.unwatched(layout.values, x.clone(), bias)
+    with torch.autocast("cuda"):
+        assert not _library.unwatched(layout.values, x, bias)
+    want = sk.linear(x, layout, bias)
+    monkeypatch.setitem(_library.MM, "sp24", None)
+    assert torch.equal(sk.linear(x, layout, bias), want)
 
 
 def test_without_a_card() -> None:

@@ -43,8 +43,12 @@ def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
     if op != "mm" and own.itemsize == 1:
         return f"{own} values have no kernel but mm"
     reason = why_not_cuda(x.device)
-    if reason is None and own == FP8 and not emulating() and capability(x.device) < 89:
-        return "float8_e4m3fn needs compute capability 8.9"
+    if reason is None and own == FP8 and not emulating():
+        card = capability(x.device)
+        if card < 89:
+            return "float8_e4m3fn needs compute capability 8.9"
+        if 100 <= card < 120:
+            return "compute capability 10 multiplies float8_e4m3fn by tcgen05 alone, which these kernels do not use"
     return reason
 
 
@@ -68,7 +72,7 @@ def mm(
     """
     (n, k), m, dtype = layout.shape, x.shape[0], layout.values.dtype
     out = out_dtype or result_dtype(x)
-    if out not in (*OUTPUTS, torch.int32) or (out == torch.int32 and dtype != torch.int8):
+    if out not in OUTPUTS and not (out == torch.int32 and dtype == torch.int8):
         raise ValueError(f"out_dtype must be one of float32, bfloat16, float16 (int32 for int8 values), got {out}")
     y = x.new_empty((m, n), dtype=out)
     if m == 0 or n == 0:
@@ -92,12 +96,17 @@ def _product(
 ) -> Tensor:
     """`mm` into y [M, N] by a weight in fragment order of x's type; none of the sizes is 0."""
     (m, n), dtype = y.shape, CUDA_DTYPES[x.dtype]
-    x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
-    if x.dtype == FP8 and not _aligned(x) and _card(x) == 90:
-        x = torch.nn.functional.pad(x.view(torch.uint8), (0, -x.shape[1] % 16)).clone().view(FP8)
+    if not (x.is_contiguous() and _aligned(x) and x.shape[1] * x.element_size() % 4 == 0):
+        x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
+        if x.dtype == FP8 and not _aligned(x) and _card(x.get_device()) == 90:
+            x = torch.nn.functional.pad(x.view(torch.uint8), (0, -x.shape[1] % 16)).clone().view(FP8)
     how = how or _choose(n, x, use_fast_accum)
-    kernel = kernels(dtype)[how.kernel]
-    scratch = _scratch(x, kernel, how)
+    stream = stream_of(x)
+    partials = counters = 0
+    if how.streamed:  # shared tiles: partial sums, and counters that every launch leaves at zero
+        kernel = kernels(dtype)[how.kernel]
+        scratch = workspace(x, kernel.partial_words * how.workers, kernel.counters * how.tiles, stream)
+        partials, counters = scratch[0].data_ptr(), scratch[1].data_ptr()
     bias = known_bias(bias)
     residual = None if residual is None else unit_rows(residual.to(y.dtype))
     cuda().sp24_mm(
@@ -123,9 +132,9 @@ def _product(
         1.0,
         how.workers,
         how.streamed,
-        scratch[0].data_ptr(),
-        scratch[1].data_ptr(),
-        stream_of(x),
+        partials,
+        counters,
+        stream,
     )
     return y
 
@@ -225,12 +234,12 @@ def choice(layout: Sp24, x: Tensor, use_fast_accum: bool = False) -> Choice:
 
 
 def _choose(n: int, x: Tensor, use_fast_accum: bool = False) -> Choice:
-    shape = (x.shape[0], n, -(-x.shape[1] // fragments.block_k(x.dtype)))
-    return _choice(CUDA_DTYPES[x.dtype], *shape, _card(x), multiprocessors(x.device), _aligned(x), use_fast_accum)
+    m, k = x.shape
+    return _choice(CUDA_DTYPES[x.dtype], m, n, k, x.get_device(), _aligned(x), use_fast_accum)
 
 
-def _card(x: Tensor) -> int:
-    return 90 if emulating() else capability(x.device)
+def _card(device: int) -> int:
+    return 90 if device < 0 else capability(torch.device("cuda", device))  # -1: the emulator's
 
 
 def _aligned(x: Tensor) -> bool:
@@ -238,24 +247,17 @@ def _aligned(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _choice(
-    dtype: int, m: int, n: int, k_blocks: int, card: int, processors: int, aligned: bool, fast_accum: bool
-) -> Choice:
+def _choice(dtype: int, m: int, n: int, k: int, device: int, aligned: bool, fast_accum: bool) -> Choice:
+    fp8 = dtype == CUDA_DTYPES[FP8]
     found = candidates(
         kernels(dtype),
         m,
         n,
-        k_blocks,
-        capability=card,
-        processors=processors,
+        -(-k // fragments.block_k(next(t for t, number in CUDA_DTYPES.items() if number == dtype))),
+        capability=_card(device),
+        processors=multiprocessors(torch.device("cpu") if device < 0 else torch.device("cuda", device)),
         aligned=aligned,
-        fp8=dtype == CUDA_DTYPES[FP8],
+        fp8=fp8,
         fast_accum=fast_accum,
     )
     return found[0]
-
-
-def _scratch(x: Tensor, kernel: Kernel, how: Choice) -> tuple[Tensor, Tensor]:
-    """Partial sums, and counters that every launch leaves at zero."""
-    words = kernel.partial_words * how.workers if how.streamed else 0
-    return workspace(x, words, kernel.counters * how.tiles)
