@@ -75,6 +75,11 @@ def unwatched(values: Tensor, x: Tensor, other: Tensor | None = None) -> bool:
     )
 
 
+def plain(t: Tensor | None) -> bool:
+    """Whether a tensor is an ordinary one, or none; of one more argument beside those of `unwatched`."""
+    return t is None or (type(t) in _TYPES and _keys_of(t).raw_repr() in _PLAIN)
+
+
 def _refuse_onnx(format: str) -> None:
     """Instead of the exporter's own message, which knows no cure."""
     if torch.onnx.is_in_onnx_export():

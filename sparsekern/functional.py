@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._ending import Ending, sum_dtype
-from ._library import PRUNE, DynamicMM, SparseMM, SparseMMT, apply_of, mm, mm_t, unwatched
+from ._library import PRUNE, DynamicMM, SparseMM, SparseMMT, apply_of, mm, mm_t, plain, unwatched
 from .conv import Geometry, conv2d_layout, padding_of
 from .conv.geometry import order_number, pair
 from .layout import FLOATS, QUANTISED, Layout
@@ -95,7 +95,7 @@ def linear_layout(
     )
     if ending is not None:
         ending = _checked_ending(w, x, ending)
-        direct = direct and all(t is None or unwatched(t, t) for t in ending[:2])
+        direct = direct and plain(ending.x_scale) and plain(ending.residual)
         y = _ended(w, tokens, bias, activation, backend, direct, ending, grad)
     elif grad:
         _check_gradients(w, x)
@@ -349,14 +349,12 @@ def _checked_ending(w: Layout, x: Tensor, ending: Ending) -> Ending:
     """The ending with x_scale [M] and residual [M, N]."""
     x_scale, residual, out_dtype, use_fast_accum = ending
     lead, n = x.shape[:-1], w.shape[0]
-    m = _count(lead)
-    out = out_dtype or result_dtype(x)
+    m = lead[0] if x.dim() == 2 else _count(lead)
     if out_dtype is not None and out_dtype not in (torch.float32, torch.bfloat16, torch.float16, sum_dtype(x)):
         raise ValueError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
-    for name, t in (("x_scale", x_scale), ("residual", residual)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}")
     if x_scale is not None:
+        if x_scale.device != x.device:
+            raise ValueError(f"x_scale is on {x_scale.device}, x on {x.device}")
         if x_scale.dtype != torch.float32:
             raise ValueError(f"x_scale must be float32, got {x_scale.dtype}")
         if x_scale.shape in (lead, (*lead, 1)):
@@ -370,13 +368,16 @@ def _checked_ending(w: Layout, x: Tensor, ending: Ending) -> Ending:
             )
         x_scale = x_scale.contiguous()
     if residual is not None:
+        if residual.device != x.device:
+            raise ValueError(f"residual is on {residual.device}, x on {x.device}")
         if residual.shape != (*lead, n):
             raise ValueError(f"residual must have the result's shape {(*lead, n)}, got {tuple(residual.shape)}")
+        out = out_dtype or result_dtype(x)
         if residual.dtype != out:
             raise ValueError(
                 f"residual is {residual.dtype}, the result {out}: cast it, or pass out_dtype={residual.dtype}"
             )
-        residual = residual.reshape(m, n)
+        residual = residual if x.dim() == 2 else residual.reshape(m, n)
     return Ending(x_scale, residual, out_dtype, use_fast_accum)
 
 

@@ -287,7 +287,7 @@ def test_without_a_card() -> None:
 def test_every_choice_is_legal(device_module: ModuleType, card: int) -> None:
     """A grid of shapes: there is always a choice, it fits the card, and its work is dealt out completely."""
     shared = config.SHARED[card] * 1024
-    for dtype in (1, 3):
+    for dtype in (1, 3, *([CUDA_DTYPES[FP8]] if card in (89, 120) else [])):
         kernels = [config.Kernel(*row) for row in device_module.sp24_kernels(dtype)]
         for m in (1, 7, 16, 17, 64, 65, 128, 500, 2048, 16384):
             for n in (1, 64, 4096, 14336):

@@ -108,7 +108,8 @@ def _product(
         scratch = workspace(x, kernel.partial_words * how.workers, kernel.counters * how.tiles, stream)
         partials, counters = scratch[0].data_ptr(), scratch[1].data_ptr()
     bias = known_bias(bias)
-    residual = None if residual is None else unit_rows(residual.to(y.dtype))
+    if residual is not None:
+        residual = unit_rows(residual if residual.dtype == y.dtype else residual.to(y.dtype))
     cuda().sp24_mm(
         how.kernel,
         dtype,
