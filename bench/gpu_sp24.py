@@ -5,6 +5,7 @@ Of ours every legal choice of kernel is timed beside the heuristic's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -80,6 +81,7 @@ def ours(packed: list[Any], x: Tensor, **options: Any) -> dict[str, list[Call]]:
     table = sp24_cuda.kernels(_ext.CUDA_DTYPES[layout.values.dtype])
     card = {"capability": _ext.capability(x.device), "processors": _ext.multiprocessors(x.device), "aligned": True}
     card["fp8"] = layout.values.dtype == FP8
+    card["fast_accum"] = options.get("use_fast_accum", False)
     found = config.candidates(table, m, n, -(-k // fragments.block_k(layout.values.dtype)), **card)
 
     def calls(how: config.Choice | None) -> list[Call]:
@@ -138,10 +140,10 @@ def decode() -> Iterator[Case]:
 
 
 def prefill_fp8() -> Iterator[Case]:
-    """e4m3 with a scale for every row and token, against torch's scaled product."""
-    for n, k in LAYERS:
+    """e4m3 with a scale for every row and token, against torch's scaled product, both with either accumulation."""
+    for (n, k), fast in itertools.product(LAYERS, (False, True)):
 
-        def make(n: int = n, k: int = k) -> dict[str, Any]:
+        def make(n: int = n, k: int = k, fast: bool = fast) -> dict[str, Any]:
             copies = copies_of(n * k * 5 // 8)
             dense, x = random_weight("sp24", n, k, dtype=torch.float32, density=0.5, seed=0).cuda(), tokens(4096, k)
             w_scale, x_scale = dense.abs().amax(1) / 448, x.abs().amax(1) / 448
@@ -149,14 +151,15 @@ def prefill_fp8() -> Iterator[Case]:
             own = sk.to_sparse_semi_structured(w8.float()).packed
             parts = {"metadata": own.metadata, "shape": own.shape, "scale": w_scale}
             packed = [type(own)(values=own.values.to(FP8).clone(), **parts) for _ in range(copies)]
-            variants: dict[str, Any] = ours(packed, x8, x_scale=x_scale, out=torch.bfloat16)
+            variants: dict[str, Any] = ours(packed, x8, x_scale=x_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
             scales = {"scale_a": x_scale[:, None], "scale_b": w_scale[None], "out_dtype": torch.bfloat16}
             variants["dense"] = [
-                lambda w=w: torch._scaled_mm(x8, w.t(), **scales) for w in (w8.clone() for _ in packed)
+                lambda w=w: torch._scaled_mm(x8, w.t(), **scales, use_fast_accum=fast)
+                for w in (w8.clone() for _ in packed)
             ]
             return variants
 
-        params = {"shape": f"{n}x{k}", "M": 4096, "dtype": "float8_e4m3fn"}
+        params = {"shape": f"{n}x{k}", "M": 4096, "dtype": "float8_e4m3fn", "use_fast_accum": fast}
         yield Case("gpu_fp8", params, (Bar("dense", 1.7),), make, gate=first_of(_gate(2e-2)))
 
 

@@ -14,10 +14,12 @@ from torch import Tensor, is_autocast_enabled
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
+from . import _ending
+from ._ending import Ending
 from .dispatch import choose
 from .formats import FORMATS
 from .layout import Layout
-from .ref import out_dtype
+from .ref import result_dtype
 from .sp24 import Sp24, dynamic
 
 _library = torch.library.Library("sparsekern", "DEF")
@@ -34,10 +36,14 @@ def _raw(*names: str) -> int:
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 try:
     # What a thread's dispatch keys are while no mode, transform, tracer or functionalization is active, and those of
-    # an ordinary CPU tensor; each outside and inside of inference mode. A tensor that is fake, batched, lazily negated
-    # or of a subclass has others. They are spelt out: what is found at import might be found under a mode.
+    # an ordinary tensor on a CPU or a GPU; each outside and inside of inference mode. A tensor that is fake, batched,
+    # lazily negated or of a subclass has others. They are spelt out: what is found at import might be found in a mode.
     _QUIET = frozenset((_raw("BackendSelect", "ADInplaceOrView"), _raw("BackendSelect")))
-    _PLAIN = frozenset((_raw("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _raw("CPU", "AutocastCPU")))
+    _PLAIN = {
+        _raw(*names): names[0].lower()
+        for on in ("CPU", "CUDA")
+        for names in ((on, "ADInplaceOrView", f"Autograd{on}", f"Autocast{on}"), (on, f"Autocast{on}"))
+    }
     _keys_of_thread = torch._C._dispatch_tls_local_include_set
     _keys_of = torch._C._dispatch_keys
     _function_mode = torch._C._is_torch_function_mode_enabled
@@ -51,21 +57,27 @@ def unwatched(values: Tensor, x: Tensor, other: Tensor | None = None) -> bool:
     """Whether torch would do nothing with a call but pass it on: then it goes straight, which spares 5 us.
 
     No trace, mode, transform, autocast or profiler is there to see an op, and every tensor is an ordinary one on
-    the CPU. Gradients are not asked about: the ops have none, they lie around them.
+    one CPU or GPU. Gradients are not asked about: the ops have none, they lie around them.
     """
+    if is_compiling():  # first: what follows is for no trace to see
+        return False
+    if not _can_tell or _keys_of_thread().raw_repr() not in _QUIET or _function_mode() or _profiled():
+        return False
+    device = _PLAIN.get(_keys_of(x).raw_repr()) if type(x) in _TYPES else None
     return (
-        not is_compiling()  # first: what follows is for no trace to see
-        and _can_tell
-        and _keys_of_thread().raw_repr() in _QUIET
-        and not _function_mode()
-        and not _profiled()
-        and not is_autocast_enabled("cpu")
-        and type(x) in _TYPES
-        and _keys_of(x).raw_repr() in _PLAIN
+        device is not None
+        and not is_autocast_enabled(device)
         and type(values) in _TYPES
-        and _keys_of(values).raw_repr() in _PLAIN
-        and (other is None or (type(other) in _TYPES and _keys_of(other).raw_repr() in _PLAIN))
+        and _PLAIN.get(_keys_of(values).raw_repr()) == device
+        and (other is None or (type(other) in _TYPES and _PLAIN.get(_keys_of(other).raw_repr()) == device))
+        and (device == "cpu" or x.get_device() == values.get_device())
+        and (device == "cpu" or other is None or x.get_device() == other.get_device())
     )
+
+
+def plain(t: Tensor | None) -> bool:
+    """Whether a tensor is an ordinary one, or none; of one more argument beside those of `unwatched`."""
+    return t is None or (type(t) in _TYPES and _keys_of(t).raw_repr() in _PLAIN)
 
 
 def _refuse_onnx(format: str) -> None:
@@ -85,7 +97,12 @@ def _define(name: str, schema: str, run: Any, fake: Any) -> dict[str, Any]:
 
         def impl(values, index, scale, dims, *rest):
             _refuse_onnx(format)
-            return run(layout.from_parts(values, tuple(index), scale, tuple(dims)), *rest)
+            w = layout.from_parts(values, tuple(index), scale, tuple(dims))
+            device = values.device.type
+            if is_autocast_enabled(device):  # has been heeded; torch's products in a backend are of the types they get
+                with torch.autocast(device, enabled=False):
+                    return run(w, *rest)
+            return run(w, *rest)
 
         def fake_impl(*arguments):
             _refuse_onnx(format)
@@ -103,22 +120,39 @@ def _define(name: str, schema: str, run: Any, fake: Any) -> dict[str, Any]:
 # Each product thrice: on a layout, as an op for every format, and by either road (`direct`: see `unwatched`).
 
 
-def _mm(layout, x, bias, activation, backend):
-    return choose("mm", layout, x, backend).mm(layout, x, bias, activation)
+def _mm(layout, x, bias, activation, backend, *given):
+    if not given:
+        return choose("mm", layout, x, backend).mm(layout, x, bias, activation)
+    ending = Ending(*given)
+    return _ending.mm(choose("mm", layout, x, backend, ending), layout, x, bias, activation, ending)
 
 
-def _mm_fake(values, index, scale, dims, x, bias, activation, backend):
-    return x.new_empty((x.shape[0], dims[0]), dtype=out_dtype(x))
+def _mm_fake(values, index, scale, dims, x, bias, activation, backend, *given):
+    return x.new_empty((x.shape[0], dims[0]), dtype=Ending(*given).out_dtype or result_dtype(x))
 
 
-MM = _define("mm", "Tensor x, Tensor? bias, str activation, str? backend) -> Tensor", _mm, _mm_fake)
+MM = _define(
+    "mm",
+    "Tensor x, Tensor? bias, str activation, str? backend, Tensor? x_scale=None, Tensor? residual=None, "
+    "ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor",
+    _mm,
+    _mm_fake,
+)
 
 
-def mm(w: Layout, x: Tensor, bias: Tensor | None, activation: str, backend: str | None, direct: bool) -> Tensor:
-    """Y = act(X W^T + bias) of checked arguments: x [M, K] -> [M, N]. Not differentiable."""
+def mm(
+    w: Layout,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    backend: str | None,
+    direct: bool,
+    ending: Ending | None = None,
+) -> Tensor:
+    """Y = act(X W^T + bias), with this ending, of checked arguments: x [M, K] -> [M, N]. Not differentiable."""
     if direct:
-        return _mm(w, x, bias, activation, backend)
-    return MM[w.format](*w.parts, x, bias, activation, backend)
+        return _mm(w, x, bias, activation, backend, *(ending or ()))
+    return MM[w.format](*w.parts, x, bias, activation, backend, *(ending or ()))
 
 
 def _mm_t(layout, dy, backend):
@@ -163,15 +197,19 @@ def apply_of(function: Any, direct: bool) -> Any:
 
 
 class SparseMM(torch.autograd.Function):
-    """Y = X W^T + bias; dX = dY W; dW = dY^T X at the stored positions; dbias = the column sums of dY."""
+    """Y = X W^T + bias; dX = dY W; dW = dY^T X at the stored positions; dbias = the column sums of dY.
+
+    Of an out_dtype that is not x's the gradient is rounded to x's before the products.
+    """
 
     @staticmethod
-    def forward(ctx, values, x, bias, scale, format, dims, backend, direct, *index):
+    def forward(ctx, values, x, bias, scale, format, dims, backend, direct, out_dtype, *index):
         ctx.save_for_backward(values, x, scale, *index)
         ctx.call = (format, dims, backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
         w = FORMATS[format].layout.from_parts(values, index, scale, dims)
-        return mm(w, x, bias, "none", backend, direct)
+        ending = None if out_dtype is None else Ending(out_dtype=out_dtype)
+        return mm(w, x, bias, "none", backend, direct, ending)
 
     @staticmethod
     @once_differentiable
@@ -179,12 +217,14 @@ class SparseMM(torch.autograd.Function):
         values, x, scale, *index = ctx.saved_tensors
         format, dims, backend = ctx.call
         w = FORMATS[format].layout.from_parts(values, tuple(index), scale, dims)
-        direct = unwatched(values, x, dy)
         need_values, need_x, need_bias = ctx.needs_input_grad[:3]
+        dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype) if need_bias else None
+        if dy.dtype != x.dtype and (need_values or need_x):
+            dy = dy.to(x.dtype)
+        direct = unwatched(values, x, dy)
         dvalues = sddmm(w, dy, x, backend, direct) if need_values else None
         dx = mm_t(w, dy, backend, direct) if need_x else None
-        dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype) if need_bias else None
-        return dvalues, dx, dbias, None, None, None, None, None, *(None for _ in index)
+        return dvalues, dx, dbias, None, None, None, None, None, None, *(None for _ in index)
 
 
 class SparseMMT(torch.autograd.Function):

@@ -92,11 +92,11 @@ def _stream(w: Rows, index: Tensor, tile: int) -> _Stream:
 _STREAM_TOKENS = 64
 
 
-def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
+def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Y = act(X W^T + bias): x [M, K] -> [M, N] in out_dtype (None: x's type)."""
     x = unit_rows(x)
     m, (n, k), values = x.shape[0], w.shape, w.values
-    y = x.new_empty(m, n)
+    y = x.new_empty(m, n) if out_dtype is None else x.new_empty(m, n, dtype=out_dtype)
     bias = known_bias(bias)
     index, tile = _index(w, m)
     stream = None if index is None or m < _STREAM_TOKENS else _stream(w, index, tile)
@@ -116,6 +116,7 @@ def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         m,
         x.stride()[0],
         y.data_ptr(),
+        DTYPES[y.dtype],
         n,
         0,
         0 if bias is None else bias.data_ptr(),

@@ -10,12 +10,12 @@ from torch import Tensor
 from ._ext import stream_of
 
 
-def workspace(x: Tensor, words: int, counters: int) -> tuple[Tensor, Tensor]:
+def workspace(x: Tensor, words: int, counters: int, stream: int | None = None) -> tuple[Tensor, Tensor]:
     """`words` floats, and int32 counters that every launch leaves at zero: one set for each stream, grown when needed.
 
     A call belongs to one stream, so calls that share a set follow each other.
     """
-    return _workspace(x.device, stream_of(x)).get(words, counters)
+    return _workspace(x.device, stream_of(x) if stream is None else stream).get(words, counters)
 
 
 class _Workspace:

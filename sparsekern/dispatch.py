@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import tune
+from . import _ending, tune
+from ._ending import Ending
 from ._ext import emulating, interpreting
 from .formats import FORMATS, Format, backend_module
 from .layout import Layout
@@ -33,29 +34,30 @@ def named(format: str, device_type: str) -> tuple[str, ...]:
     return (*backends(format, device_type), *(name for name in on_gpu if simulated.get(name)))
 
 
-def why_not(backend: str, op: str, layout: Layout, x: Tensor) -> str | None:
-    """Why `backend` cannot run this call, or None where it can."""
+def why_not(backend: str, op: str, layout: Layout, x: Tensor, ending: Ending | None = None) -> str | None:
+    """Why `backend` cannot run this call (`ending`: of mm, what follows bias and activation), or None where it can."""
     if backend not in BACKENDS:
         return f"there is no backend of this name; known: {', '.join(BACKENDS)}"
     if backend not in named(layout.format, x.device.type):
         return f"format {layout.format} has no such backend on {x.device.type} tensors"
-    return backend_module(layout.format, backend).why_not(op, layout, x)
+    module = backend_module(layout.format, backend)
+    return module.why_not(op, layout, x) or _ending.why_not(module, ending)
 
 
-def choose(op: str, layout: Layout, x: Tensor, backend: str | None = None) -> ModuleType:
+def choose(op: str, layout: Layout, x: Tensor, backend: str | None = None, ending: Ending | None = None) -> ModuleType:
     """The backend module that runs `op` on this layout and these activations."""
     if backend:
-        reason = why_not(backend, op, layout, x)
+        reason = why_not(backend, op, layout, x, ending)
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} cannot run {layout.format}_{op}: {reason}")
         return backend_module(layout.format, backend)
     modules = _modules(FORMATS[layout.format], x.device)
-    if len(modules) > 2:
+    if len(modules) > 2 and tune.measured(x.device):
         best = tune.backend_for(op, layout, x, backends(layout.format, x.device.type)[:-1])
-        if best is not None and why_not(best, op, layout, x) is None:
+        if best is not None and why_not(best, op, layout, x, ending) is None:
             return backend_module(layout.format, best)
     for module in modules:
-        if module.why_not(op, layout, x) is None:
+        if module.why_not(op, layout, x) is None and _ending.why_not(module, ending) is None:
             return module
     return modules[-1]
 

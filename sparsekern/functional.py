@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import PRUNE, DynamicMM, SparseMM, SparseMMT, apply_of, mm, mm_t, unwatched
+from ._ending import Ending, sum_dtype
+from ._library import PRUNE, DynamicMM, SparseMM, SparseMMT, apply_of, mm, mm_t, plain, unwatched
 from .conv import Geometry, conv2d_layout, padding_of
 from .conv.geometry import order_number, pair
 from .layout import FLOATS, QUANTISED, Layout
-from .ref import ACTIVATIONS
+from .ref import ACTIVATIONS, result_dtype
 from .sp24 import Sp24
 from .sp24.dynamic import MASKS
 from .tensor import SparseTensor, values_of
@@ -43,17 +44,32 @@ def linear(
     bias: Tensor | None = None,
     activation: str | None = None,
     backend: str | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
 ) -> Tensor:
-    """y = act(x W^T + bias).
+    """y = act(x_scale * (x W^T) + bias) + residual.
 
     x [..., K] in the values' type (float32, bfloat16, float16, float64), any strides; w a sparse W[N, K]; bias [N];
     activation None, "relu", "gelu" (exact), "gelu_tanh" or "silu"; backend None to let the dispatcher choose, or a
-    name ("host", "ref", ...) that then runs or raises. Returns [..., N] in x's type. int8 and (bsr)
-    float8_e4m3fn weights take float activations (weight * scale), or such of their own type with a float32 result.
-    Differentiable in x, values and bias. Raises ValueError for shapes, types or devices that do not fit,
-    NotImplementedError where an explicit backend cannot run the call.
+    name ("host", "ref", ...) that then runs or raises. Returns [..., N] in x's type. int8 and (sp24, bsr)
+    float8_e4m3fn weights have a scale for every row in themselves and take float activations, or such of their own
+    type with a float32 result.
+
+    x_scale: the scales of quantised activations, one for each token [...] or [..., 1], or a single one; float32.
+    residual [..., N] in the result's type. out_dtype: the result's type, float32, bfloat16 or float16. use_fast_accum
+    allows Hopper's tensor cores to keep fp8 sums for all of K, in some 14 bits, as torch._scaled_mm's does. One kernel
+    does it all where the backend's can (sp24 on a GPU); else torch ends the product, from sums in full precision.
+
+    Differentiable in x, values, bias, x_scale and residual, as far as they are no int8 or float8. Raises ValueError for
+    shapes, types or devices that do not fit, NotImplementedError where an explicit backend cannot run the call.
     """
-    return linear_layout(layout_of(w), x, bias, activation, backend)
+    ending = None
+    if x_scale is not None or residual is not None or out_dtype is not None or use_fast_accum:
+        ending = Ending(x_scale, residual, out_dtype, use_fast_accum)
+    return linear_layout(layout_of(w), x, bias, activation, backend, ending)
 
 
 def linear_layout(
@@ -62,6 +78,7 @@ def linear_layout(
     bias: Tensor | None = None,
     activation: str | None = None,
     backend: str | None = None,
+    ending: Ending | None = None,
 ) -> Tensor:
     """`linear` on a layout: the way modules call it."""
     activation = activation or "none"
@@ -73,14 +90,52 @@ def linear_layout(
     _check_linear(w, x, bias, activation)
     matrix = x.dim() == 2
     tokens = x if matrix else x.reshape(_count(x.shape[:-1]), w.shape[1])
-    if torch.is_grad_enabled() and (
+    grad = torch.is_grad_enabled() and (
         w.values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        y = apply_of(SparseMM, direct)(w.values, tokens, bias, w.scale, w.format, w.dims, backend, direct, *w.index)
+    )
+    if ending is not None:
+        ending = _checked_ending(w, x, ending)
+        direct = direct and plain(ending.x_scale) and plain(ending.residual)
+        y = _ended(w, tokens, bias, activation, backend, direct, ending, grad)
+    elif grad:
+        _check_gradients(w, x)
+        y = apply_of(SparseMM, direct)(
+            w.values, tokens, bias, w.scale, w.format, w.dims, backend, direct, None, *w.index
+        )
         y = ACTIVATIONS[activation](y)
     else:
         y = mm(w, tokens, bias, activation, backend, direct)
     return y if matrix else y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def _ended(
+    w: Layout,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    backend: str | None,
+    direct: bool,
+    ending: Ending,
+    grad: bool,
+) -> Tensor:
+    """A product of tokens x [M, K] with an ending: one op, or torch's where there are gradients."""
+    x_scale, residual, out_dtype, _ = ending
+    if not grad and not (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_scale, residual))
+    ):
+        return mm(w, x, bias, activation, backend, direct, ending)
+    _check_gradients(w, x)
+    natural = result_dtype(x)
+    out = out_dtype or natural
+    sums = None if out == natural and x_scale is None else sum_dtype(x)
+    y = apply_of(SparseMM, direct)(
+        w.values, x, bias if x_scale is None else None, w.scale, w.format, w.dims, backend, direct, sums, *w.index
+    )
+    if x_scale is not None:
+        y = y * x_scale[:, None]
+        y = y if bias is None else y + bias
+    y = ACTIVATIONS[activation](y)
+    return (y if residual is None else y + residual).to(out)
 
 
 def dynamic_linear(
@@ -241,9 +296,9 @@ def _autocast(x: Tensor, w: Layout, bias: Tensor | None) -> tuple[Tensor, Layout
 
 
 def _autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x."""
+    """Whether autocast is on for x, which float64 and quantised activations are spared."""
     device = x.device.type
-    return device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
+    return device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOATS and x.dtype != torch.float64
 
 
 def _check_is_dense(x: Any) -> None:
@@ -279,6 +334,51 @@ def _check_types(w: Layout, x: Tensor) -> None:
 def _check_linear(w: Layout, x: Tensor, bias: Tensor | None, activation: str) -> None:
     _check_tokens(w, x, w.shape[1], "K")
     _check_epilogue(w, x, bias, activation)
+
+
+def _check_gradients(w: Layout, x: Tensor) -> None:
+    for name, t in (("the weight's values", w.values), ("x", x)):
+        if t.requires_grad and t.dtype in QUANTISED:
+            raise NotImplementedError(
+                f"{name} of {t.dtype} have no gradient: train in a float type and quantise in the forward pass "
+                "(straight through), or call requires_grad_(False)"
+            )
+
+
+def _checked_ending(w: Layout, x: Tensor, ending: Ending) -> Ending:
+    """The ending with x_scale [M] and residual [M, N]."""
+    x_scale, residual, out_dtype, use_fast_accum = ending
+    lead, n = x.shape[:-1], w.shape[0]
+    m = lead[0] if x.dim() == 2 else _count(lead)
+    if out_dtype is not None and out_dtype not in (torch.float32, torch.bfloat16, torch.float16, sum_dtype(x)):
+        raise ValueError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+    if x_scale is not None:
+        if x_scale.device != x.device:
+            raise ValueError(f"x_scale is on {x_scale.device}, x on {x.device}")
+        if x_scale.dtype != torch.float32:
+            raise ValueError(f"x_scale must be float32, got {x_scale.dtype}")
+        if x_scale.shape in (lead, (*lead, 1)):
+            x_scale = x_scale.reshape(m)
+        elif x_scale.dim() <= 1 and x_scale.numel() == 1:
+            x_scale = x_scale.reshape(1).expand(m)
+        else:
+            raise ValueError(
+                f"x_scale must have one scale for each token, shape {tuple(lead)}, or a single one, "
+                f"got {tuple(x_scale.shape)}"
+            )
+        x_scale = x_scale.contiguous()
+    if residual is not None:
+        if residual.device != x.device:
+            raise ValueError(f"residual is on {residual.device}, x on {x.device}")
+        if residual.shape != (*lead, n):
+            raise ValueError(f"residual must have the result's shape {(*lead, n)}, got {tuple(residual.shape)}")
+        out = out_dtype or result_dtype(x)
+        if residual.dtype != out:
+            raise ValueError(
+                f"residual is {residual.dtype}, the result {out}: cast it, or pass out_dtype={residual.dtype}"
+            )
+        residual = residual if x.dim() == 2 else residual.reshape(m, n)
+    return Ending(x_scale, residual, out_dtype, use_fast_accum)
 
 
 def _check_images(w: Layout, x: Tensor) -> None:

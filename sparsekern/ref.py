@@ -34,17 +34,34 @@ def _weight(layout: Layout) -> Tensor:
     return dense if layout.scale is None else dense * layout.scale[:, None]
 
 
-def out_dtype(x: Tensor) -> torch.dtype:
+ENDINGS = frozenset(("x_scale", "residual", "out_dtype"))  # what mm takes beside bias and activation (_ending.py)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
     """int8 and float8 activations give float32 outputs, every other type its own."""
     return torch.float32 if x.dtype in QUANTISED else x.dtype
 
 
-def mm(layout: Layout, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
+def mm(
+    layout: Layout,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    x_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Y = act(x_scale * X W^T + bias) + residual: x [M, K] -> [M, N] in out_dtype."""
     y = _wide(x) @ _weight(layout).t()
+    if x_scale is not None:
+        y = y * x_scale[:, None]
     if bias is not None:
         y = y + _wide(bias)
-    return ACTIVATIONS[activation](y).to(out_dtype(x))
+    y = ACTIVATIONS[activation](y)
+    if residual is not None:
+        y = y + _wide(residual)
+    return y.to(out_dtype or result_dtype(x))
 
 
 def mm_t(layout: Layout, dy: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ _disabled = 0
 _entries: dict[Path, dict[str, Record]] = {}
 _unsaved: dict[Path, dict[str, Record]] = {}
 _chosen: dict[Any, str | None] = {}
+_measured: dict[torch.device, bool] = {}
 _generation = 0
 
 
@@ -230,6 +231,7 @@ def _changed() -> None:
     global _generation
     _generation += 1
     _chosen.clear()
+    _measured.clear()
 
 
 def _table(place: Path) -> dict[str, Record]:
@@ -330,15 +332,25 @@ def _uncertainty(t: Any) -> float:
     return 1.2533 * (t.p80 - t.p20) / 1.6832 / math.sqrt(t.n) / t.median if t.median else 0.0
 
 
+def measured(device: torch.device) -> bool:
+    """Whether anything was, on this device; where not, calls need not ask."""
+    found = _measured.get(device)
+    if found is None:
+        if not enabled():
+            return False
+        found = _measured[device] = bool(_table(path(str(device))))
+    return found
+
+
 def backend_for(op: str, layout: Any, x: torch.Tensor, names: tuple[str, ...]) -> str | None:
     """The backend among `names` that was measured fastest for this call; None where fewer than two were."""
     if not enabled():
         return None
     m, (n, k) = x.shape[0], layout.shape
-    device = str(x.device)
-    place = (op, layout.format, layout.dims, layout.values.numel(), x.dtype, bucket(m), device, isa(), names)
-    key = (*place, torch.get_num_threads())
+    place = (op, layout.format, layout.dims, layout.values.numel(), x.dtype, bucket(m), x.device, names)
+    key = (*place, isa(), torch.get_num_threads()) if x.is_cpu else place  # what a GPU's times do not depend on
     if key not in _chosen:
+        device = str(x.device)
         dtype = str(x.dtype).removeprefix("torch.")
         case = Case(op, described(layout.format, layout.dims[2:]), "", dtype, m, n, k, stored_share(layout), device)
         known = {name: lookup(replace(case, backend=name)) for name in names}

@@ -156,6 +156,16 @@ def emulated_once(device_module: Any) -> Iterator[Any]:
         yield module
 
 
+@pytest.fixture
+def fp8_sums(device_module: Any) -> Iterator[None]:
+    """The emulator's tensor cores keep 14 bits of fp8 sums (csrc/device/twin.h), as the hardware does."""
+    if SCHEDULES != ["hardware"]:
+        device_module.set_fp8_sum_bits(14)
+    yield
+    if SCHEDULES != ["hardware"]:
+        device_module.set_fp8_sum_bits(0)
+
+
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     """One thread unless a test asks for more: on a busy machine spinning threads cost more than they win."""

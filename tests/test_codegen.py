@@ -1,4 +1,8 @@
-"""What nvcc made of the CUDA kernels, where the GPU module was built: no spills, the instructions that were meant."""
+"""What nvcc made of the CUDA kernels, where the GPU module was built: no spills, the instructions that were meant.
+
+For every architecture that it was built for: SPARSEKERN_CUDA_ARCHS=80,86,89,90a,100,120 python setup.py build_ext
+--inplace builds all. Run with -rP to see the tables.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,14 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from sparsekern._ext import FP8
 from sparsekern._sources import cuda_units
+from sparsekern.sp24 import config
 
 ROOT = Path(__file__).parent.parent
 OBJECTS = ROOT / "build" / f"cuda-{sys.implementation.cache_tag}"
@@ -66,12 +74,20 @@ def disassembler() -> str:
     return found
 
 
-def sass(unit: str) -> dict[str, str]:
-    """The machine code of a unit's kernels, by name."""
-    entries(unit)
+UNREACHABLE = 8  # registers at most: of a kernel that this architecture cannot launch, which is a trap and no more
+
+
+@cache
+def sass(unit: str) -> dict[tuple[str, str], str]:
+    """The machine code of a unit's kernels that can be reached, by architecture and name."""
+    trap = {(arch, kernel) for kernel, arch, registers, _ in entries(unit) if registers <= UNREACHABLE}
     done = subprocess.run([disassembler(), "-sass", str(OBJECTS / f"{unit}.o")], capture_output=True, text=True)
-    parts = re.split(r"^\s*Function : (\S+)$", done.stdout, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    found = {}
+    by_arch = re.split(r"^\s*code for (sm_\w+)$", done.stdout, flags=re.MULTILINE)
+    for arch, text in zip(by_arch[1::2], by_arch[2::2], strict=True):
+        parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)
+        found |= {(arch, name): code for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+    return {key: code for key, code in found.items() if key not in trap}
 
 
 @pytest.mark.parametrize(
@@ -84,15 +100,22 @@ def sass(unit: str) -> dict[str, str]:
         ("sp24_launch_sm80_1", r"HMMA\.SP"),
         ("sp24_launch_sm80_2", r"HMMA\.SP"),
         ("sp24_launch_sm80_3", r"IMMA\.SP"),
+        ("sp24_launch_sm80_4", r"QMMA\.SP"),
     ],
 )
 def test_sparse_products(unit: str, product: str) -> None:
-    """Every kernel multiplies on the sparse tensor cores; on sm_90a with the weight's operand in registers."""
-    kernels = {name: code for name, code in sass(unit).items() if "sp24_mm" in name or "sp24_decode" in name}
+    """Every kernel multiplies on the sparse tensor cores; on sm_90a with the weight's operand in registers.
+
+    None of them by a conversion to 16 bits: where an architecture's mma.sp has no fp8, its kernels have no products.
+    """
+    kernels = {key: code for key, code in sass(unit).items() if "sp24_mm" in key[1] or "sp24_decode" in key[1]}
     assert kernels
-    for name, code in kernels.items():
-        assert re.search(product, code), name
-        assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory"
+    for (arch, name), code in kernels.items():
+        if unit == "sp24_launch_sm80_4" and arch not in ("sm_89", "sm_120"):
+            assert not re.search(r"\b[HIQ]MMA\b", code), (arch, name)
+            continue
+        assert re.search(product, code), (arch, name)
+        assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory on {arch}"
 
 
 def test_windows_come_by_tma() -> None:
@@ -105,7 +128,38 @@ def test_windows_come_by_tma() -> None:
 
 def test_the_main_loop_keeps_a_group_in_flight() -> None:
     """Between two groups of products no wait for zero groups: DEPBAR.LE gsb0, 0x1 inside, 0x0 only at the end."""
-    for name, code in sass("sp24_launch_sm90_1").items():
+    for key, code in sass("sp24_launch_sm90_1").items():
         waits = [int(found, 16) for found in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", code)]
-        assert waits.count(1) >= 3, name  # one for each set of fragments
-        assert waits.count(0) == 1, name
+        assert waits.count(1) >= 3, key  # one for each set of fragments
+        assert waits.count(0) == 1, key
+
+
+def test_promoted_sums_are_added_beside_products() -> None:
+    """Of MmSm90<..., true>: two more products between two waits of a block of K, then 32 additions."""
+    kernels = {name: code for (_, name), code in sass("sp24_launch_sm90_4").items() if "ELb1E" in name}
+    assert len(kernels) == 3
+    for name, code in kernels.items():
+        steps = re.findall(r"(QGMMA\.SP|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|FADD)", code)
+        first = next(i for i, step in enumerate(steps) if step.startswith("QGMMA"))
+        last = max(i for i, step in enumerate(steps) if step.startswith("WARPGROUP"))
+        loop = "".join({"Q": "m", "F": "+"}.get(step[0], step[-1]) for step in steps[first : last + 33])
+        parts = 3 if "Li192E" in name else 2
+        block = "mm" + r"mm1\+{32}" * (parts - 1) + r"0\+{32}"
+        assert re.fullmatch(f"({block})+", loop), (name, loop)
+
+
+def test_shared_memory(device_module: Any) -> None:
+    """Every architecture has a kernel for few tokens and one for many of each type that it multiplies; printed."""
+    for dtype, number in ((torch.bfloat16, 1), (torch.int8, 3), (FP8, 4)):
+        kernels = [config.Kernel(*row) for row in device_module.sp24_kernels(number)]
+        for i, kernel in enumerate(kernels):
+            fits = [arch for arch, most in config.SHARED.items() if kernel.shared_bytes <= most * 1024]
+            fits = [90] if kernel.family == "mm_sm90" else fits
+            tile = f"{kernel.rows} x {kernel.tokens}"
+            print(f"{dtype} {i:2} {kernel.family:8} {tile:10} {kernel.shared_bytes / 1024:6.1f} KiB, fits sm_{fits}")
+        for arch, most in config.SHARED.items():
+            if dtype == FP8 and arch not in (89, 120):
+                continue
+            here = [kernel for kernel in kernels if kernel.shared_bytes <= most * 1024]
+            assert any(kernel.family == "decode" and kernel.tokens >= 16 for kernel in here), (dtype, arch)
+            assert any(kernel.family == "mm_sm80" and kernel.tokens >= 128 for kernel in here), (dtype, arch)

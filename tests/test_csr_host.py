@@ -210,7 +210,7 @@ def test_int8_values_for_other_formats(isa, m, scale):
             0,
             0,
         ),
-        *(x.data_ptr(), 0, m, k, y.data_ptr(), n),
+        *(x.data_ptr(), 0, m, k, y.data_ptr(), 0, n),
         *(0 if scales is None else scales.data_ptr(), bias.data_ptr(), DTYPES[torch.bfloat16], 0, 2),
     )
     want = x.double() @ w.double().t() * (1 if scales is None else scales.double()) + bias.double()

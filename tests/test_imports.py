@@ -22,7 +22,7 @@ ROWS = (
     {"formats/layout"},
     {"formats/pack"},
     {"_rows", "_rows_cuda"},
-    {"formats/package", "ref"},
+    {"formats/package", "ref", "_ending"},
     {"formats/launcher", "formats"},
     {"dispatch"},
     {"_library"},

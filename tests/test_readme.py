@@ -14,8 +14,9 @@ EXAMPLES = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```python\n(.*?)```", (ROOT /
 
 
 def test_there_are_examples():
-    assert [name for name, _ in EXAMPLES][:4] == [
+    assert [name for name, _ in EXAMPLES][:5] == [
         "Swap a layer",
+        "Quantise as well",
         "Convert a model",
         "Prune: how × what × when",
         "Benchmark against dense",

@@ -10,7 +10,7 @@ from conftest import SCHEDULES, running_on_device
 from torch import Tensor
 
 import sparsekern as sk
-from sparsekern import ref
+from sparsekern import _library, ref
 from sparsekern._ext import CUDA_DTYPES, FP8
 from sparsekern.sp24 import config, cuda, fragments
 from sparsekern.sp24 import pack as pack24
@@ -19,6 +19,7 @@ from sparsekern.testing import assert_close, poisoned, random_dense
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.int8, FP8)
 KERNELS = 14
+PROMOTING = 3  # of float8_e4m3fn, beside them
 # Relative error of a result that is rounded once to the output's type.
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 2e-6, torch.int32: 0.0}
 
@@ -64,8 +65,24 @@ def test_every_kernel(emulated: ModuleType, number: int) -> None:
             how = forced(number, m, n, k, dtype, workers=3 - i % 2, streamed=streamed)
             out = OPERANDS[i] if i < 2 else torch.float32
             with poisoned():
-                y = cuda.mm(layout, x, None, "none", out=out, how=how)
+                y = cuda.mm(layout, x, None, "none", out_dtype=out, how=how)
             assert error(y, x.double() @ dense_of(layout).t()) < TOLERANCE[out], (kernel.family, dtype, streamed)
+
+
+@pytest.mark.parametrize("number", range(KERNELS, KERNELS + PROMOTING))
+def test_every_promoting_kernel(emulated: ModuleType, number: int) -> None:
+    """Whole tiles, and tiles cut along K with pieces of one block; K that ends in the middle of a block."""
+    kernel = cuda.kernels(CUDA_DTYPES[FP8])[number]
+    assert kernel.accurate
+    assert kernel.family == "mm_sm90"
+    m, n, k = kernel.tokens + 13, kernel.rows + 37, 5 * fragments.block_k(FP8) - 16
+    layout, x = weight(n, k, FP8, scale=True), tokens(m, k, FP8)
+    want = x.double() @ dense_of(layout).t()
+    for workers, streamed in ((2, 0), (3, 3), (11, 4)):
+        how = forced(number, m, n, k, FP8, workers=workers, streamed=streamed)
+        with poisoned():
+            y = cuda.mm(layout, x, None, "none", out_dtype=torch.float32, how=how)
+        assert error(y, want) < TOLERANCE[torch.float32], (workers, streamed)
 
 
 def test_every_number_of_tokens(emulated_once: ModuleType) -> None:
@@ -96,7 +113,7 @@ def test_epilogue(emulated_once: ModuleType, number: int, activation: str) -> No
         residual = torch.randn(8, 70).to(out)
         how = forced(number, 8, 70, 80, dtype, workers=1, streamed=0)
         with poisoned():
-            y = cuda.mm(layout, x, bias, activation, x_scale=x_scale, residual=residual, out=out, how=how)
+            y = cuda.mm(layout, x, bias, activation, x_scale=x_scale, residual=residual, out_dtype=out, how=how)
         want = (x.double() @ dense_of(layout).t()) * x_scale[:, None].double() + bias.double()
         want = ref.ACTIVATIONS[activation](want) + residual.double()
         assert error(y, want) < 2 * TOLERANCE[out] + 1e-6
@@ -106,7 +123,7 @@ def test_epilogue(emulated_once: ModuleType, number: int, activation: str) -> No
 def test_int32_sums_are_exact(emulated_once: ModuleType, number: int) -> None:
     layout, x = weight(90, 272, torch.int8), tokens(8, 272, torch.int8)
     how = forced(number, 8, 90, 272, torch.int8, workers=2, streamed=2)
-    y = cuda.mm(layout, x, None, "none", out=torch.int32, how=how)
+    y = cuda.mm(layout, x, None, "none", out_dtype=torch.int32, how=how)
     assert torch.equal(y.long(), (x.double() @ dense_of(layout).t()).long())
 
 
@@ -118,7 +135,7 @@ def test_results_do_not_depend_on_the_schedule(device_module: ModuleType) -> Non
             layout, x = weight(130, 520, torch.float16), tokens(14, 520, torch.float16)
             for number in (4, 6, 9):
                 how = forced(number, 14, 130, 520, torch.float16, workers=4, streamed=9)
-                seen.setdefault(number, []).append(cuda.mm(layout, x, None, "none", out=torch.float32, how=how))
+                seen.setdefault(number, []).append(cuda.mm(layout, x, None, "none", out_dtype=torch.float32, how=how))
     for results in seen.values():
         assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -162,11 +179,50 @@ def test_fp8_on_hopper_is_multiplied_by_wgmma(emulated_once: ModuleType) -> None
     """Of few tokens and of rows that TMA cannot take, too: they are copied."""
     for k in (128, 68, 33):
         layout, x = weight(70, k, FP8, scale=True), tokens(5, k + 3, FP8)[:, :k]
-        y = cuda.mm(layout, x, None, "none", out=torch.float32)
+        y = cuda.mm(layout, x, None, "none", out_dtype=torch.float32)
         assert error(y, x.double() @ dense_of(layout).t()) < TOLERANCE[torch.float32]
     kernels = cuda.kernels(CUDA_DTYPES[FP8])
     options = {"capability": 90, "processors": 132, "aligned": True, "fp8": True}
     assert {kernels[c.kernel].family for c in config.candidates(kernels, 1, 4096, 32, **options)} == {"mm_sm90"}
+
+
+def test_fp8_sums_are_promoted(emulated_once: ModuleType, fp8_sums: None) -> None:
+    """With the 14 bits that Hopper's and Ada's tensor cores keep of fp8 sums, an error that grows with K; without
+    use_fast_accum the error does not, whatever the kernel."""
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for k in (512, 2048, 8192):
+        layout, x = weight(64, k, FP8), tokens(8, k, torch.float32).abs().to(FP8)
+        layout = layout.with_values(layout.values.float().abs().to(FP8))  # sums of one sign: truncation adds up
+        want = x.double() @ dense_of(layout).t()
+        for fast, found in errors.items():
+            assert cuda.kernels(CUDA_DTYPES[FP8])[cuda.choice(layout, x, fast).kernel].accurate != fast
+            y = cuda.mm(layout, x, None, "none", out_dtype=torch.float32, use_fast_accum=fast)
+            found.append(error(y, want))
+    assert errors[True][0] > 1e-3
+    assert errors[True][1] > 1.5 * errors[True][0]
+    assert errors[True][2] > 1.5 * errors[True][1]
+    assert max(errors[False]) < 2e-4
+    assert max(errors[False]) < 1.2 * errors[False][0]
+    if SCHEDULES != ["hardware"]:  # mma.sp of e4m3 is of Ada: a card that has wgmma does not run it
+        for number in (6, 8):
+            how = forced(number, 8, 64, k, FP8, workers=2, streamed=1)
+            y = cuda.mm(layout, x, None, "none", out_dtype=torch.float32, how=how)
+            assert error(y, want) < 2e-4
+
+
+def test_fast_accumulation_is_for_fp8_alone(device_module: ModuleType) -> None:
+    for dtype in (1, 2, 3):
+        assert all(config.Kernel(*row).accurate for row in device_module.sp24_kernels(dtype))
+    fp8 = [config.Kernel(*row) for row in device_module.sp24_kernels(CUDA_DTYPES[FP8])]
+    assert len(fp8) == KERNELS + PROMOTING
+    for m in (1, 64, 500, 4096):
+        options = {"processors": 132, "aligned": True, "fp8": True}
+        hopper = config.candidates(fp8, m, 4096, 32, capability=90, **options)
+        assert all(fp8[choice.kernel].accurate for choice in hopper)
+        fast = config.candidates(fp8, m, 4096, 32, capability=90, fast_accum=True, **options)
+        assert not fp8[fast[0].kernel].accurate
+        ada = config.candidates(fp8, m, 4096, 32, capability=89, **options)
+        assert ada == config.candidates(fp8, m, 4096, 32, capability=89, fast_accum=True, **options)
 
 
 def test_fragments_follow_the_values(emulated: ModuleType) -> None:
@@ -198,8 +254,24 @@ def test_reasons(emulated: ModuleType) -> None:
     assert cuda.why_not("mm", half, x.half()) is None
     quantised = weight(64, 64, torch.int8, scale=True)
     assert "no kernel but mm" in str(cuda.why_not("mm_t", quantised, x.to(torch.int8)))
-    with pytest.raises(ValueError, match="out must be one of"):
-        cuda.mm(half, x.half(), None, "none", out=torch.int32)
+    with pytest.raises(ValueError, match="out_dtype must be one of"):
+        cuda.mm(half, x.half(), None, "none", out_dtype=torch.int32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_calls_on_a_card_go_straight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain CUDA tensor is known as one (in and outside of inference mode), and autocast is noticed."""
+    layout = weight(64, 64, torch.float16).map(lambda t: t.cuda())
+    x, bias = torch.randn(4, 64, dtype=torch.float16, device="cuda"), torch.zeros(64, device="cuda")
+    assert _library.unwatched(layout.values, x, bias)
+    assert not _library.unwatched(layout.values, x, bias.cpu())
+    with torch.inference_mode():
+        assert _library.unwatched(layout.values, x.clone(), bias)
+    with torch.autocast("cuda"):
+        assert not _library.unwatched(layout.values, x, bias)
+    want = sk.linear(x, layout, bias)
+    monkeypatch.setitem(_library.MM, "sp24", None)
+    assert torch.equal(sk.linear(x, layout, bias), want)
 
 
 def test_without_a_card() -> None:
@@ -215,7 +287,7 @@ def test_without_a_card() -> None:
 def test_every_choice_is_legal(device_module: ModuleType, card: int) -> None:
     """A grid of shapes: there is always a choice, it fits the card, and its work is dealt out completely."""
     shared = config.SHARED[card] * 1024
-    for dtype in (1, 3):
+    for dtype in (1, 3, *([CUDA_DTYPES[FP8]] if card in (89, 120) else [])):
         kernels = [config.Kernel(*row) for row in device_module.sp24_kernels(dtype)]
         for m in (1, 7, 16, 17, 64, 65, 128, 500, 2048, 16384):
             for n in (1, 64, 4096, 14336):

@@ -25,10 +25,10 @@ void bind_bitmap(py::module_& m) {
     m.def(
         "bitmap_mm",
         [](uintptr_t values, uintptr_t bits, uintptr_t offsets, int dtype, int64_t n, int64_t k, uintptr_t x,
-           int64_t tokens, int64_t ldx, uintptr_t y, int64_t ldy, uintptr_t bias, int bias_dtype, int act,
+           int64_t tokens, int64_t ldx, uintptr_t y, int y_dtype, int64_t ldy, uintptr_t bias, int bias_dtype, int act,
            int threads) {
             table().mm(weight(values, bits, offsets, dtype, n, k), {at(x), sk::Dtype(dtype), tokens, k, ldx},
-                       {at(y), sk::Dtype(dtype), tokens, n, ldy},
+                       {at(y), sk::Dtype(y_dtype), tokens, n, ldy},
                        {nullptr, at(bias), sk::Dtype(bias_dtype), sk::Act(act)}, threads);
         },
         release());

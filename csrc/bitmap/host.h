@@ -18,7 +18,7 @@ struct Bitmap {
 };
 
 struct BitmapKernels {
-    // Y = act(X W^T * scale + bias); x and y have the type of the values.
+    // Y = act(X W^T * scale + bias); x has the type of the values, y any floating one.
     void (*mm)(const Bitmap& w, const Dense& x, const Dense& y, const Epilogue& e, int threads);
 
     // bits [n, ceil(k / 8)] and offsets [n + 1] of W[n, k] (row stride ld). -0.0 counts as zero, NaN does not.

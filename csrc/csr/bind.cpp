@@ -60,11 +60,11 @@ void bind_csr(py::module_& m) {
     });
     m.def("csr_mm", [](Address values, int dtype, Address crow, Address col, int64_t rows, int64_t cols, Address plan,
                        int tile, Address stream, Address x, int x_dtype, int64_t tokens, int64_t ldx, Address y,
-                       int64_t ldy, Address scale, Address bias, int bias_dtype, int act, int threads) {
+                       int y_dtype, int64_t ldy, Address scale, Address bias, int bias_dtype, int act, int threads) {
         py::gil_scoped_release release;
         return table().mm({matrix(values, dtype, crow, col, rows, cols, plan, tile, stream),
                            {at(x), sk::Dtype(x_dtype), tokens, cols, ldx},
-                           {at(y), sk::Dtype(x_dtype), tokens, rows, ldy},
+                           {at(y), sk::Dtype(y_dtype), tokens, rows, ldy},
                            {static_cast<const float*>(at(scale)), at(bias), sk::Dtype(bias_dtype), sk::Act(act)},
                            threads});
     });

@@ -5,6 +5,7 @@
 #include <string>
 
 #ifdef SK_EMULATOR
+#include "../device/twin.h"
 #include "engine.h"
 #endif
 
@@ -24,6 +25,7 @@ PYBIND11_MODULE(_emulator, m) {
                                                : emu::Order::random;
         emu::set_schedule({o, seed});
     });
+    m.def("set_fp8_sum_bits", [](int bits) { sk::device::twin::fp8_sum_bits() = bits; });
     bind_probes(m);
 #else
 PYBIND11_MODULE(_cuda, m) {

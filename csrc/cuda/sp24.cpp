@@ -20,7 +20,7 @@ void bind_sp24_cuda(py::module_& m) {
         py::list all;
         for (const KernelInfo& k : kernels(type)) {
             all.append(py::make_tuple(k.family, k.rows, k.tokens, k.cluster, k.threads, k.shared_bytes, k.partial_words,
-                                      k.counters));
+                                      k.counters, k.accurate));
         }
         return all;
     });

@@ -24,10 +24,12 @@ SK_DEVICE void mma_sp(Accumulator<T>* d, const uint32_t (&a)[4], const uint32_t 
                    "n"(kSelector))
     if constexpr (T == Type::bf16) SK_MMA_SP("m16n8k32", "f32.bf16.bf16.f32", "f");
     if constexpr (T == Type::f16) SK_MMA_SP("m16n8k32", "f32.f16.f16.f32", "f");
-#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 890 && __CUDA_ARCH__ != 900)
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
     if constexpr (T == Type::e4m3) SK_MMA_SP("m16n8k64", "f32.e4m3.e4m3.f32", "f");
 #else
-    if constexpr (T == Type::e4m3) __trap();  // fp8 came with Ada; Hopper has it in wgmma alone. Launchers know
+    // fp8 came with Ada; Hopper has it in wgmma alone and sm_100 in tcgen05, where mma.sp would convert it to 16 bits.
+    // Launchers know.
+    if constexpr (T == Type::e4m3) unreachable();
 #endif
     if constexpr (T == Type::i8) SK_MMA_SP("m16n8k64", "s32.s8.s8.s32", "r");
 #undef SK_MMA_SP

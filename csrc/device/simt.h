@@ -170,6 +170,26 @@ SK_DEVICE void sync_cluster() {
 #endif
 }
 
+// Bytes of shared memory that a block may have on the architecture that is compiled for. Launchers refuse what needs more
+// (cudaFuncSetAttribute does), so that such a kernel is compiled to `unreachable` and nothing else.
+#if !defined(__CUDA_ARCH__)
+constexpr int kMostShared = 227 * 1024;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int kMostShared = 163 * 1024;
+#elif __CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200
+constexpr int kMostShared = 99 * 1024;
+#else
+constexpr int kMostShared = 227 * 1024;
+#endif
+
+SK_DEVICE void unreachable() {
+#if SK_GPU
+    __trap();
+#else
+    emu::fail("a kernel for another architecture");
+#endif
+}
+
 // Registers move between warpgroups: each of its threads then has `kCount` of them.
 template <int kCount>
 SK_DEVICE void keep_registers() {

@@ -1,6 +1,7 @@
 // The tensor-core instructions as the PTX ISA defines them, for the emulator: operands are gathered from the threads'
 // registers and from swizzled shared memory into dense matrices, multiplied, and scattered back.
 #pragma once
+#include <cmath>
 #include <map>
 #include <type_traits>
 #include <vector>
@@ -53,6 +54,35 @@ std::vector<Accumulator<T>> expand_a(Regs regs, Meta meta, int selector) {
     return dense;
 }
 
+// How many bits of its sums a tensor core keeps for fp8; 0, the default: all of a float's.
+inline int& fp8_sum_bits() {
+    static int bits = 0;
+    return bits;
+}
+
+// sum + a b as the tensor cores of Ada and Hopper add up fp8: every addend is cut off, towards zero, at the last of
+// `bits` bits counted from the largest one's first, and so is the result (14 bits: DeepSeek-V3, arXiv
+// 2412.19437, 3.3.2; e8m13: SageAttention2, arXiv 2411.10958). A model: the hardware takes an instruction's products in
+// several goes, whose sizes are not documented; here all of them are one.
+inline float narrow_sum(float sum, const float* a, const float* b, int k, int bits) {
+    const auto cut = [bits](double value, double largest) {
+        const double unit = std::ldexp(1.0, std::ilogb(largest) + 1 - bits);
+        return std::trunc(value / unit) * unit;
+    };
+    double largest = std::fabs(sum), total = sum;
+    for (int i = 0; i < k; ++i) {
+        if (a[i] == 0) continue;
+        largest = std::fmax(largest, std::fabs(a[i] * b[i]));
+        total += a[i] * b[i];
+    }
+    if (largest == 0 || !std::isfinite(total)) return static_cast<float>(total);
+    total = cut(sum, largest);
+    for (int i = 0; i < k; ++i) {
+        if (a[i] != 0) total += cut(a[i] * b[i], largest);
+    }
+    return total == 0 ? 0.0f : static_cast<float>(cut(total, total));
+}
+
 // D[16, n] += A[16, k] B[k, n], with b(k, n) and c(row, col) -> a reference.
 template <Type T, class B, class C>
 void multiply(const std::vector<Accumulator<T>>& a, int k, int n, B b, C c) {
@@ -60,6 +90,12 @@ void multiply(const std::vector<Accumulator<T>>& a, int k, int n, B b, C c) {
     for (int j = 0; j < n; ++j) {
         for (int i = 0; i < k; ++i) column[i] = b(i, j);
         for (int r = 0; r < 16; ++r) {
+            if constexpr (T == Type::e4m3) {
+                if (fp8_sum_bits()) {
+                    c(r, j) = narrow_sum(c(r, j), a.data() + r * k, column.data(), k, fp8_sum_bits());
+                    continue;
+                }
+            }
             Accumulator<T> sum = 0;
             for (int i = 0; i < k; ++i) {
                 const auto x = a[r * k + i];

@@ -32,6 +32,7 @@ template <class C>
 SK_KERNEL(C::kThreads, 1)
 sp24_decode(SK_PARAM Mm p) {
     using namespace device;
+    if constexpr (C::kSharedBytes > kMostShared) return unreachable();
     constexpr Type T = C::T;
     char* memory = shared_memory();
     auto* sums = reinterpret_cast<Accumulator<T>*>(memory + C::kRingBytes);

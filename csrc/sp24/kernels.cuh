@@ -9,18 +9,21 @@
 namespace sk::sp24 {
 
 // Each kernel with its tile: MmSm90<blocks of rows of a warpgroup, tokens, stages, cluster>, MmSm80<blocks of rows,
-// tokens, a warp's tokens, stages>, Decode<tokens, warps, stages>. A kernel's number is its place among all of them, in
-// this order.
+// tokens, a warp's tokens, stages>, Decode<tokens, warps, stages>; and for e4m3 alone the MmSm90 that promote their
+// sums (mm_sm90.cuh), with tiles that leave registers for it (256 tokens would spill). A kernel's number is its place
+// among all of them, in this order.
 #define SK_SP24_MM_SM90(X) \
     X(2, 128, 10, 2) X(2, 128, 10, 4) X(1, 256, 6, 4) X(1, 256, 6, 2) X(2, 128, 10, 1) X(2, 64, 15, 1)
 #define SK_SP24_MM_SM80(X) X(2, 128, 32, 3) X(2, 64, 32, 3)
 #define SK_SP24_DECODE(X) X(8, 8, 4) X(16, 8, 3) X(32, 8, 2) X(64, 4, 3) X(8, 4, 3) X(16, 4, 2)
+#define SK_SP24_MM_SM90_PROMOTING(X) X(1, 192, 8, 4) X(1, 192, 8, 2) X(2, 64, 15, 1)
 
 struct KernelInfo {
     std::string family;  // "mm_sm90", "mm_sm80", "decode"
     int rows, tokens, cluster, threads, shared_bytes;
     int partial_words;  // 32-bit words of `partials` for every worker
     int counters;       // for every tile
+    bool accurate;      // sums of float's precision: not those of fp8 that wgmma keeps over the whole of K
 };
 
 // All kernels for operands of this type (sparsekern/_ext.py's number).
@@ -66,11 +69,15 @@ void list_mm_sm80(std::vector<KernelInfo>& to);
 template <int kType>
 void list_decode(std::vector<KernelInfo>& to);
 template <int kType>
+void list_mm_sm90_promoting(std::vector<KernelInfo>& to);
+template <int kType>
 void run_mm_sm90(int index, const MmCall& call);
 template <int kType>
 void run_mm_sm80(int index, const MmCall& call);
 template <int kType>
 void run_decode(int index, const MmCall& call);
+template <int kType>
+void run_mm_sm90_promoting(int index, const MmCall& call);
 template <int kType>
 void run_repack(const RepackCall& call);
 

@@ -23,17 +23,22 @@ std::vector<KernelInfo> kernels(int type) {
         list_mm_sm90<kType>(all);
         list_mm_sm80<kType>(all);
         list_decode<kType>(all);
+        if constexpr (kType == 4) list_mm_sm90_promoting<kType>(all);
     });
     return all;
 }
 
 void mm(const MmCall& call) {
 #define SK_COUNT(...) +1
-    constexpr int kSm90 = 0 SK_SP24_MM_SM90(SK_COUNT), kSm80 = 0 SK_SP24_MM_SM80(SK_COUNT);
+    constexpr int kSm90 = 0 SK_SP24_MM_SM90(SK_COUNT), kSm80 = kSm90 SK_SP24_MM_SM80(SK_COUNT);
+    constexpr int kDecode = kSm80 SK_SP24_DECODE(SK_COUNT);
     with_type(call.type, [&]<int kType>() {
         if (call.kernel < kSm90) return run_mm_sm90<kType>(call.kernel, call);
-        if (call.kernel < kSm90 + kSm80) return run_mm_sm80<kType>(call.kernel - kSm90, call);
-        run_decode<kType>(call.kernel - kSm90 - kSm80, call);
+        if (call.kernel < kSm80) return run_mm_sm80<kType>(call.kernel - kSm90, call);
+        if constexpr (kType == 4) {
+            if (call.kernel >= kDecode) return run_mm_sm90_promoting<kType>(call.kernel - kDecode, call);
+        }
+        run_decode<kType>(call.kernel - kSm80, call);
     });
 }
 

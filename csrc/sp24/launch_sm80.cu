@@ -18,7 +18,8 @@ template <int kType>
 void list_mm_sm80(std::vector<KernelInfo>& to) {
     constexpr Type T = static_cast<Type>(kType);
     [&]<class... C>(std::tuple<C...>*) {
-        (to.push_back({"mm_sm80", C::kRows, C::kTokens, 1, C::kThreads, C::kSharedBytes, 2 * C::kRows * C::kTokens, 1}),
+        (to.push_back(
+             {"mm_sm80", C::kRows, C::kTokens, 1, C::kThreads, C::kSharedBytes, 2 * C::kRows * C::kTokens, 1, true}),
          ...);
     }(static_cast<MmKernels<T>*>(nullptr));
 }
@@ -28,7 +29,7 @@ void list_decode(std::vector<KernelInfo>& to) {
     constexpr Type T = static_cast<Type>(kType);
     [&]<class... C>(std::tuple<C...>*) {
         (to.push_back(
-             {"decode", kBlockRows, C::kTokens, 1, C::kThreads, C::kSharedBytes, 2 * kBlockRows * C::kTokens, 1}),
+             {"decode", kBlockRows, C::kTokens, 1, C::kThreads, C::kSharedBytes, 2 * kBlockRows * C::kTokens, 1, true}),
          ...);
     }(static_cast<DecodeKernels<T>*>(nullptr));
 }

@@ -144,7 +144,15 @@ SK_DEVICE void multiply_block(device::Accumulator<T> (&acc)[4][kTokens / 2], con
             load_matrices(b, tokens + (8 * j + row) * 128 + (chunk ^ row) * 16);
             SK_UNROLL
             for (int i = 0; i < 4; ++i) {
-                mma_sp<T, is_wide(T) ? s : 0>(acc[i] + 4 * j, a[i], b, meta[i][is_wide(T) ? 0 : s]);
+                if constexpr (T ==
+                              Type::e4m3) {  // inside of the tensor core its sums have 14 bits: not beyond one product
+                    Accumulator<T> sum[4] = {};
+                    mma_sp<T, 0>(sum, a[i], b, meta[i][s]);
+                    SK_UNROLL
+                    for (int r = 0; r < 4; ++r) acc[i][4 * j + r] += sum[r];
+                } else {
+                    mma_sp<T, is_wide(T) ? s : 0>(acc[i] + 4 * j, a[i], b, meta[i][is_wide(T) ? 0 : s]);
+                }
             }
         }
     };

@@ -15,6 +15,12 @@
 // cycle, where an H100's gives some 30. 128 rows x 256 tokens in clusters of four ask for 34 and write 64 B a cycle
 // into shared memory: which of these bounds is the real one only a card can tell. (Three consumer warpgroups of 64 x
 // 256 would ask for 29, but ptxas finds no registers for them.)
+//
+// fp8 products are summed in some 14 bits inside of the tensor cores. Where kPromotes, every block of K (128 columns,
+// 64 of them stored: half as many products as dense kernels usually leave to the tensor cores) is summed from zero, 64
+// tokens at a time in one of two sets of 32 registers, and added to the accumulators by the CUDA cores while the next
+// 64 tokens' products are in flight: for each warp 32 additions beside 64 cycles of the tensor cores. Between blocks of
+// K a warpgroup has nothing in flight, but the other one has.
 #pragma once
 #include "../device/mma.h"
 #include "../device/wgmma.h"
@@ -22,20 +28,23 @@
 
 namespace sk::sp24 {
 
-template <Type T_, int kM_, int kTokens_, int kStages_, int kCluster_>
+template <Type T_, int kM_, int kTokens_, int kStages_, int kCluster_, bool kPromotes_ = false>
 struct MmSm90 {
     static constexpr Type T = T_;
+    static constexpr bool kPromotes = kPromotes_;
+    static constexpr int kPartTokens = 64, kPerRow = kTokens_ / kPartTokens, kParts = kM_ * kPerRow;
     static constexpr int kM = kM_, kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
     static constexpr int kWarpgroups = 2, kThreads = 128 * (1 + kWarpgroups);
     // Sets of fragments: 8-bit blocks have two words of metadata, and two blocks of them ahead do not fit.
     static constexpr int kAhead = kM * kTokens >= 256 && !device::is_wide(T) ? 1 : 2, kSets = kAhead + 1;
     static constexpr int kRows = kWarpgroups * kM * kBlockRows;
     static constexpr int kStageBytes = kTokens * 128;
-    static constexpr int kStagingTokens = kTokens < 128 ? kTokens : 128;
+    static constexpr int kStagingTokens = kTokens % 128 ? 64 : 128;
     static constexpr int kStagingBytes = kStagingTokens * 128;  // 64 rows of 16-bit outputs, for each warpgroup
     static constexpr int kSharedBytes = kStages * kStageBytes + kWarpgroups * kStagingBytes + 256;
     static_assert(kTokens / kCluster % 8 == 0, "a block's share of a box is whole swizzle atoms");
     static_assert(kStages * 16 + kWarpgroups * 4 <= 256 && kSharedBytes <= 227 * 1024);
+    static_assert(!kPromotes || (T == Type::e4m3 && kTokens % kPartTokens == 0 && kParts > 1));
 };
 
 template <class C>
@@ -151,6 +160,41 @@ SK_DEVICE void mm_store(const Mm& p, const device::Accumulator<C::T> (&acc)[C::k
 }
 
 template <class C>
+using MmSums = device::Accumulator<C::T>[C::kM][C::kTokens / 2];
+template <class C>
+using MmParts = device::Accumulator<C::T>[2][C::kPromotes ? C::kPartTokens / 2 : 1];
+
+template <class C>
+SK_DEVICE void mm_promote(MmSums<C>& acc, const MmParts<C>& parts, int part) {
+    SK_UNROLL
+    for (int i = 0; i < C::kPartTokens / 2; ++i) {
+        acc[part / C::kPerRow][part % C::kPerRow * (C::kPartTokens / 2) + i] += parts[part % 2][i];
+    }
+}
+
+// A block of K part by part; each is added to the sums while the next one is in flight.
+template <class C>
+SK_DEVICE void mm_multiply_promoted(MmSums<C>& acc, const BlockFragments<C::T> (&w)[C::kM], uint64_t b) {
+    using namespace device;
+    MmParts<C> parts;
+    SK_UNROLL
+    for (int part = 0; part < C::kParts; ++part) {
+        const auto& f = w[part / C::kPerRow];
+        const uint64_t at = b + part % C::kPerRow * (C::kPartTokens * 128 >> 4);
+        fence_products();
+        product_sp<C::T, C::kPartTokens, 0>(parts[part % 2], f.a[0], at, f.meta[0], 0);
+        product_sp<C::T, C::kPartTokens, 0>(parts[part % 2], f.a[1], at + 4, f.meta[1], 1);
+        commit_products();
+        if (part > 0) {
+            wait_products<1>();
+            mm_promote<C>(acc, parts, part - 1);
+        }
+    }
+    wait_products<0>();
+    mm_promote<C>(acc, parts, C::kParts - 1);
+}
+
+template <class C>
 SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces<C::kCluster> pieces, int row_tiles,
                           int token_tiles) {
     using namespace device;
@@ -159,7 +203,7 @@ SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces<C::
     const uint32_t rank = C::kCluster > 1 ? cluster_rank() : 0;
     const uint64_t b0 = product_descriptor(shared.stages);
     RingPlace<C::kStages> place;
-    Accumulator<T> acc[C::kM][C::kTokens / 2];
+    MmSums<C> acc;
     BlockFragments<T> w[C::kSets][C::kM];
 
     const auto release = [&](uint32_t stage) {
@@ -192,6 +236,10 @@ SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces<C::
         };
         SK_UNROLL
         for (int j = 0; j < C::kAhead; ++j) load(w[j], piece.begin + j);
+        if constexpr (C::kPromotes) {
+            SK_UNROLL
+            for (int i = 0; i < C::kM * C::kTokens / 2; ++i) acc[i / (C::kTokens / 2)][i % (C::kTokens / 2)] = 0;
+        }
         SK_NO_UNROLL
         for (int kb0 = piece.begin; kb0 < piece.end; kb0 += C::kSets) {
             SK_UNROLL
@@ -199,23 +247,32 @@ SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces<C::
                 const int kb = kb0 + j;
                 if (kb >= piece.end) break;
                 barrier_wait(shared.full + 8 * place.stage, place.phase);
-                fence_products();
                 const uint64_t b = b0 + (place.stage * C::kStageBytes >> 4);
-                SK_UNROLL
-                for (int m = 0; m < C::kM; ++m) {
-                    product_sp<T, C::kTokens, 0>(acc[m], w[j][m].a[0], b, w[j][m].meta[0], kb > piece.begin);
-                    constexpr int kSelector = is_wide(T) ? 1 : 0;
-                    product_sp<T, C::kTokens, kSelector>(acc[m], w[j][m].a[1], b + 4, w[j][m].meta[1 - kSelector], 1);
+                if constexpr (C::kPromotes) {
+                    load(w[(j + C::kAhead) % C::kSets], kb + C::kAhead);
+                    mm_multiply_promoted<C>(acc, w[j], b);
+                    release(place.stage);
+                } else {
+                    fence_products();
+                    SK_UNROLL
+                    for (int m = 0; m < C::kM; ++m) {
+                        product_sp<T, C::kTokens, 0>(acc[m], w[j][m].a[0], b, w[j][m].meta[0], kb > piece.begin);
+                        constexpr int kSelector = is_wide(T) ? 1 : 0;
+                        product_sp<T, C::kTokens, kSelector>(acc[m], w[j][m].a[1], b + 4, w[j][m].meta[1 - kSelector],
+                                                             1);
+                    }
+                    commit_products();
+                    wait_products<1>();
+                    if (kb > piece.begin) release(place.before());
+                    load(w[(j + C::kAhead) % C::kSets], kb + C::kAhead);
                 }
-                commit_products();
-                wait_products<1>();
-                if (kb > piece.begin) release(place.before());
-                load(w[(j + C::kAhead) % C::kSets], kb + C::kAhead);
                 place.next();
             }
         }
-        wait_products<0>();
-        release(place.before());
+        if constexpr (!C::kPromotes) {
+            wait_products<0>();
+            release(place.before());
+        }
 
         if (!add_parts<C::kM * C::kTokens / 2, 128, C::kCluster, C::kCluster * C::kWarpgroups>(
                 p, piece, rank * C::kWarpgroups + group, &acc[0][0], thread, shared.flags + group, barrier)) {

@@ -38,6 +38,7 @@ from ..ref import ACTIVATIONS as FUNCTIONS
 from . import fragments
 from .layout import Bitmap
 
+ENDINGS = frozenset[str]()  # what mm takes beside bias and activation (_ending.py)
 DECODE = 64  # tokens
 BY_ROWS = {1: 0.25, 2: 0.15, 3: 0.15, 4: 0.15}  # tokens: densities below which the weight is read as rows
 HALVES = (torch.bfloat16, torch.float16)

@@ -10,6 +10,7 @@ from .._ext import ACTIVATIONS, DTYPES, host, known_bias, unit_rows, why_not_hos
 from .._plan import plan
 from .layout import Bitmap
 
+ENDINGS = frozenset(("out_dtype",))  # what mm takes beside bias and activation (_ending.py)
 # Tokens from which skipping zeros beats expanding them on vectors; on tiles nothing does.
 _ROWS_TOKENS = 32
 
@@ -25,14 +26,16 @@ def why_not(op: str, layout: Bitmap, x: Tensor) -> str | None:
     return why_not_host()
 
 
-def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
+def mm(
+    layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Y = act(X W^T + bias): x [M, K] -> [M, N] in out_dtype (None: x's type, of int8 float32)."""
     n, k = layout.shape
     m = x.shape[0]
     if m >= _ROWS_TOKENS and host().active_isa() != "amx" and layout.values.numel() < 2**31:
-        return _rows.mm(_rows_of(layout), x, bias, activation)
+        return _rows.mm(_rows_of(layout), x, bias, activation, out_dtype)
     x = unit_rows(x)
-    y = x.new_empty(m, n)
+    y = x.new_empty(m, n) if out_dtype is None else x.new_empty(m, n, dtype=out_dtype)
     bias = known_bias(bias)
     host().bitmap_mm(
         layout.values.data_ptr(),
@@ -45,6 +48,7 @@ def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tenso
         m,
         x.stride()[0],
         y.data_ptr(),
+        DTYPES[y.dtype],
         n,
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else DTYPES[bias.dtype],

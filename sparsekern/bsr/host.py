@@ -9,6 +9,8 @@ from .._ext import ACTIVATIONS, DTYPES, host, known_bias, unit_rows, why_not_hos
 from .._plan import plan
 from .layout import Bsr
 
+ENDINGS = frozenset(("out_dtype",))  # what mm takes beside bias and activation (_ending.py)
+
 
 def why_not(op: str, layout: Bsr, x: Tensor) -> str | None:
     """Why the compiled kernels cannot run this call, or None where they can."""
@@ -28,14 +30,16 @@ def why_not(op: str, layout: Bsr, x: Tensor) -> str | None:
     return why_not_host()
 
 
-def mm(layout: Bsr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
+def mm(layout: Bsr, x: Tensor, bias: Tensor | None, activation: str, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Y = act(X W^T + bias): x [M, K] -> [M, N] in out_dtype (None: x's type, of int8 float32)."""
     x = unit_rows(x)
     m = x.shape[0]
     values, scale = layout.values, layout.scale
     (n, k), (r, c) = layout.shape, layout.block
     dtype = DTYPES[x.dtype]
-    if dtype == 3:
+    if out_dtype is not None:
+        y, y_dtype = x.new_empty(m, n, dtype=out_dtype), DTYPES[out_dtype]
+    elif dtype == 3:
         y, y_dtype = x.new_empty(m, n, dtype=torch.float32), 0
     else:
         y, y_dtype = x.new_empty(m, n), dtype

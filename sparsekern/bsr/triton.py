@@ -19,6 +19,7 @@ from .config import LARGEST, PRECISIONS, SMALLEST, Config, sides
 from .layout import Bsr
 from .work import by_columns, rows_of, work_list
 
+ENDINGS = frozenset(("residual",))  # what mm takes beside bias and activation (_ending.py)
 _NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",

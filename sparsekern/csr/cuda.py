@@ -9,6 +9,8 @@ from .. import _rows_cuda
 from .._ext import DTYPES, why_not_cuda
 from .layout import Csr
 
+ENDINGS = frozenset[str]()  # what mm takes beside bias and activation (_ending.py)
+
 
 def why_not(op: str, layout: Csr, x: Tensor) -> str | None:
     """Why the compiled kernels cannot run this call, or None where they can."""

@@ -9,6 +9,8 @@ from .. import _rows
 from .._ext import DTYPES, why_not_host
 from .layout import Csr
 
+ENDINGS = frozenset(("out_dtype",))  # what mm takes beside bias and activation (_ending.py)
+
 
 def why_not(op: str, layout: Csr, x: Tensor) -> str | None:
     """Why the compiled kernels cannot run this call, or None where they can."""
@@ -20,9 +22,9 @@ def why_not(op: str, layout: Csr, x: Tensor) -> str | None:
     return why_not_host()
 
 
-def mm(layout: Csr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
-    return _rows.mm(layout, x, bias, activation)
+def mm(layout: Csr, x: Tensor, bias: Tensor | None, activation: str, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Y = act(X W^T + bias): x [M, K] -> [M, N] in out_dtype (None: x's type, of int8 float32)."""
+    return _rows.mm(layout, x, bias, activation, out_dtype)
 
 
 def mm_t(layout: Csr, dy: Tensor) -> Tensor:

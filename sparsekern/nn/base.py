@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import FORMATS
-from ..layout import Layout
+from ..layout import QUANTISED, Layout
 from ..tensor import SparseTensor, _wrap
 
 
@@ -43,7 +43,7 @@ class SparseModule(nn.Module):
         if isinstance(getattr(self, "values", None), nn.Parameter):
             self.values.data = values
         else:
-            self.values = nn.Parameter(values, requires_grad=values.is_floating_point())
+            self.values = nn.Parameter(values, requires_grad=values.dtype not in QUANTISED)
         for name, t in zip(packed.index_fields, packed.index, strict=True):
             self.register_buffer(name, t)
         self.register_buffer("scale", packed.scale)

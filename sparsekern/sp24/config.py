@@ -25,6 +25,7 @@ class Kernel(NamedTuple):
     shared_bytes: int
     partial_words: int  # 32-bit words of partial sums for every worker
     counters: int  # for every tile
+    accurate: bool  # sums of float32's precision: not those of fp8 that Hopper's tensor cores keep over the whole of K
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ def candidates(
     aligned: bool,
     fp8: bool = False,
     images: bool = False,
+    fast_accum: bool = False,
 ) -> list[Choice]:
     """Every legal choice for Y[M, N] = X[M, K] W[N, K]^T, the cheapest first.
 
     capability: ten times the compute capability (90); processors: SMs; aligned: every row of x begins at a multiple
     of 16 bytes, which TMA needs; fp8: Hopper multiplies it by wgmma alone (its mma.sp would convert to 16 bits);
+    fast_accum: Hopper's fp8 sums stay in the tensor cores for all of K, which keep some 14 bits of them;
     images: x is the windows of images, which "decode" cannot read; aligned then says whether TMA can.
     """
     card = max(arch for arch in SHARED if arch <= capability)
@@ -63,7 +66,7 @@ def candidates(
             continue
         if kernel.family == "mm_sm90" and not (capability == 90 and aligned):
             continue
-        if kernel.family != "mm_sm90" and capability == 90 and fp8:
+        if fp8 and capability == 90 and (kernel.family != "mm_sm90" or kernel.accurate == fast_accum):
             continue
         if images and kernel.family == "decode":
             continue

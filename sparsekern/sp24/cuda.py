@@ -23,13 +23,14 @@ from .._ext import (
 )
 from .._plan import plan
 from .._workspace import workspace
-from ..ref import out_dtype
+from ..ref import result_dtype
 from . import fragments, repack
 from .config import Choice, Kernel, candidates
 from .layout import Sp24
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.int8, FP8)
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+ENDINGS = frozenset(("x_scale", "residual", "out_dtype", "use_fast_accum"))  # what mm takes beside bias, activation
 
 
 def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
@@ -42,8 +43,12 @@ def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
     if op != "mm" and own.itemsize == 1:
         return f"{own} values have no kernel but mm"
     reason = why_not_cuda(x.device)
-    if reason is None and own == FP8 and not emulating() and capability(x.device) < 89:
-        return "float8_e4m3fn needs compute capability 8.9"
+    if reason is None and own == FP8 and not emulating():
+        card = capability(x.device)
+        if card < 89:
+            return "float8_e4m3fn needs compute capability 8.9"
+        if 100 <= card < 120:
+            return "compute capability 10 multiplies float8_e4m3fn by tcgen05 alone, which these kernels do not use"
     return reason
 
 
@@ -55,24 +60,26 @@ def mm(
     *,
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
-    out: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
     how: Choice | None = None,
 ) -> Tensor:
     """Y = act(X W^T * w_scale * x_scale + bias) + residual: x [M, K] -> [M, N].
 
-    x_scale: float32 [M], one for each token. out: the output's type; torch.int32 gives the plain sums of an int8
-    product, without any epilogue. how: instead of the heuristic's choice.
+    x_scale: float32 [M], one for each token. out_dtype: the output's type; torch.int32 gives the plain sums of an int8
+    product, without any epilogue. use_fast_accum: fp8 sums may stay in Hopper's tensor cores for all of K, which keep
+    some 14 bits of them; else they are promoted to float32 every 128 columns. how: instead of the heuristic's choice.
     """
     (n, k), m, dtype = layout.shape, x.shape[0], layout.values.dtype
-    out = out or out_dtype(x)
-    if out not in (*OUTPUTS, torch.int32) or (out == torch.int32 and dtype != torch.int8):
-        raise ValueError(f"out must be one of float32, bfloat16, float16 (int32 for int8 values), got {out}")
+    out = out_dtype or result_dtype(x)
+    if out not in OUTPUTS and not (out == torch.int32 and dtype == torch.int8):
+        raise ValueError(f"out_dtype must be one of float32, bfloat16, float16 (int32 for int8 values), got {out}")
     y = x.new_empty((m, n), dtype=out)
     if m == 0 or n == 0:
         return y
     if k == 0:
         raise NotImplementedError("a weight without columns has no CUDA kernel")
-    return _product(packed(layout), layout.scale, x, y, bias, activation, x_scale, residual, how)
+    return _product(packed(layout), layout.scale, x, y, bias, activation, x_scale, residual, use_fast_accum, how)
 
 
 def _product(
@@ -84,15 +91,19 @@ def _product(
     activation: str = "none",
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    use_fast_accum: bool = False,
     how: Choice | None = None,
 ) -> Tensor:
     """`mm` into y [M, N] by a weight in fragment order of x's type; none of the sizes is 0."""
     n = y.shape[1]
-    x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
-    if x.dtype == FP8 and not _aligned(x) and _card(x) == 90:
-        x = torch.nn.functional.pad(x.view(torch.uint8), (0, -x.shape[1] % 16)).clone().view(FP8)
-    residual = None if residual is None else unit_rows(residual.to(y.dtype))
-    _launch(how or _choose(n, x), weight, x.shape[1], x, y, scale, bias, activation, x_scale, residual, ())
+    if not (x.is_contiguous() and _aligned(x) and x.shape[1] * x.element_size() % 4 == 0):
+        x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
+        if x.dtype == FP8 and not _aligned(x) and _card(x.get_device()) == 90:
+            x = torch.nn.functional.pad(x.view(torch.uint8), (0, -x.shape[1] % 16)).clone().view(FP8)
+    if residual is not None:
+        residual = unit_rows(residual if residual.dtype == y.dtype else residual.to(y.dtype))
+    how = how or _choose(n, x, use_fast_accum)
+    _launch(how, weight, x.shape[1], x, y, scale, bias, activation, x_scale, residual, ())
     return y
 
 
@@ -112,9 +123,7 @@ def windows(
     weight: W[N, k] in fragment order; 16-bit types. images: the fields of csrc/device/images.h. tma: whether it can
     read them, which is for the caller to know. The rows of x and y may lie any distance apart.
     """
-    (m, n), dtype = y.shape, CUDA_DTYPES[x.dtype]
-    shape = (m, n, -(-k // fragments.block_k(x.dtype)))
-    how = how or _choice(dtype, *shape, _card(x), multiprocessors(x.device), tma, True)
+    how = how or _choice(CUDA_DTYPES[x.dtype], *y.shape, k, x.get_device(), tma, False, True)
     _launch(how, weight, k, x, y, None, bias, activation, None, None, images)
 
 
@@ -131,8 +140,12 @@ def _launch(
     residual: Tensor | None,
     images: tuple[int, ...],
 ) -> None:
-    (m, n), dtype = y.shape, CUDA_DTYPES[x.dtype]
-    scratch = _scratch(x, kernels(dtype)[how.kernel], how)
+    (m, n), dtype, stream = y.shape, CUDA_DTYPES[x.dtype], stream_of(x)
+    partials = counters = 0
+    if how.streamed:  # shared tiles: partial sums, and counters that every launch leaves at zero
+        kernel = kernels(dtype)[how.kernel]
+        scratch = workspace(x, kernel.partial_words * how.workers, kernel.counters * how.tiles, stream)
+        partials, counters = scratch[0].data_ptr(), scratch[1].data_ptr()
     bias = known_bias(bias)
     cuda().sp24_mm(
         how.kernel,
@@ -158,9 +171,9 @@ def _launch(
         images,
         how.workers,
         how.streamed,
-        scratch[0].data_ptr(),
-        scratch[1].data_ptr(),
-        stream_of(x),
+        partials,
+        counters,
+        stream,
     )
 
 
@@ -253,18 +266,18 @@ def kernels(dtype: int) -> tuple[Kernel, ...]:
     return tuple(Kernel(*row) for row in cuda().sp24_kernels(dtype))
 
 
-def choice(layout: Sp24, x: Tensor) -> Choice:
+def choice(layout: Sp24, x: Tensor, use_fast_accum: bool = False) -> Choice:
     """The heuristic's choice for this product."""
-    return _choose(layout.shape[0], x)
+    return _choose(layout.shape[0], x, use_fast_accum)
 
 
-def _choose(n: int, x: Tensor) -> Choice:
-    shape = (x.shape[0], n, -(-x.shape[1] // fragments.block_k(x.dtype)))
-    return _choice(CUDA_DTYPES[x.dtype], *shape, _card(x), multiprocessors(x.device), _aligned(x), False)
+def _choose(n: int, x: Tensor, use_fast_accum: bool = False) -> Choice:
+    m, k = x.shape
+    return _choice(CUDA_DTYPES[x.dtype], m, n, k, x.get_device(), _aligned(x), use_fast_accum, False)
 
 
-def _card(x: Tensor) -> int:
-    return 90 if emulating() else capability(x.device)
+def _card(device: int) -> int:
+    return 90 if device < 0 else capability(torch.device("cuda", device))  # -1: the emulator's
 
 
 def _aligned(x: Tensor) -> bool:
@@ -272,24 +285,18 @@ def _aligned(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _choice(
-    dtype: int, m: int, n: int, k_blocks: int, card: int, processors: int, aligned: bool, images: bool
-) -> Choice:
+def _choice(dtype: int, m: int, n: int, k: int, device: int, aligned: bool, fast_accum: bool, images: bool) -> Choice:
+    fp8 = dtype == CUDA_DTYPES[FP8]
     found = candidates(
         kernels(dtype),
         m,
         n,
-        k_blocks,
-        capability=card,
-        processors=processors,
+        -(-k // fragments.block_k(next(t for t, number in CUDA_DTYPES.items() if number == dtype))),
+        capability=_card(device),
+        processors=multiprocessors(torch.device("cpu") if device < 0 else torch.device("cuda", device)),
         aligned=aligned,
-        fp8=dtype == CUDA_DTYPES[FP8],
+        fp8=fp8,
+        fast_accum=fast_accum,
         images=images,
     )
     return found[0]
-
-
-def _scratch(x: Tensor, kernel: Kernel, how: Choice) -> tuple[Tensor, Tensor]:
-    """Partial sums, and counters that every launch leaves at zero."""
-    words = kernel.partial_words * how.workers if how.streamed else 0
-    return workspace(x, words, kernel.counters * how.tiles)

@@ -10,6 +10,8 @@ from .._ext import ACTIVATIONS, DTYPES, host, known_bias, unit_rows, why_not_hos
 from .._plan import plan
 from .layout import Sp24
 
+ENDINGS = frozenset(("out_dtype",))  # what mm takes beside bias and activation (_ending.py)
+
 
 def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
     """Why the host kernels cannot run `op` on this layout and x, or None where they can."""
@@ -24,14 +26,18 @@ def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
     return why_not_host()
 
 
-def mm(layout: Sp24, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Y = act(X W^T * scale + bias): x [M, K] -> [M, N]."""
+def mm(
+    layout: Sp24, x: Tensor, bias: Tensor | None, activation: str, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Y = act(X W^T * scale + bias): x [M, K] -> [M, N] in out_dtype (None: x's type, of int8 float32)."""
     n, k = layout.shape
     m = x.shape[0]
     values, scale = layout.values, layout.scale
     x = unit_rows(x)
     x_dtype = DTYPES[x.dtype]
-    if x_dtype == 3:
+    if out_dtype is not None:
+        y, y_dtype = x.new_empty(m, n, dtype=out_dtype), DTYPES[out_dtype]
+    elif x_dtype == 3:
         y, y_dtype = x.new_empty(m, n, dtype=torch.float32), 0
     else:
         y, y_dtype = x.new_empty(m, n), x_dtype

@@ -5,6 +5,12 @@
   bytes, of which lane l of a warp loads word l; blocks follow each other down the rows first.
 - cuSPARSELt for sm_80, 16-bit types: one tensor, all values and then the same blocks, in tiles of 128 rows x 64
   columns.
+- cuSPARSELt for sm_90, 16-bit types: one tensor, all values and then blocks of 64 rows x 32 columns, which follow each
+  other along the columns first. In a block lies for each 16 rows and each g = 0..7 an 8-byte piece of rows g and g + 8;
+  its bytes are the column groups 0 4 1 5 2 6 3 7, row g in the low nibble and row g + 8 in the high one. The order is
+  that which torchao wrote for this library (its sparsify24.cu, until August 2026); nobody has compared ours with the
+  library's own output yet: tests/test_sp24_interchange.py does where there is a card. For 8-bit types on sm_90 neither
+  the order of the metadata nor whether padding follows it is known: the same test prints what the library makes there.
 """
 
 from __future__ import annotations
@@ -54,12 +60,42 @@ def from_cusparselt_sm80(blob: Tensor, shape: tuple[int, int]) -> Sp24:
     """The layout of cuSPARSELt's compressed W[N, K] for sm_80, checked: the inverse of `to_cusparselt_sm80`."""
     n, k = shape
     _check_cusparselt(n, k, blob.dtype)
+    values, tail = _parts(blob, shape)
+    blocks = tail.reshape(k // 64, n // 128, 2, 4, 128).permute(0, 2, 1, 3, 4).reshape(-1)
+    return Sp24(values=values, metadata=_rows(blocks, n, k, blob.dtype), shape=shape).check()
+
+
+def to_cusparselt_sm90(layout: Sp24) -> Tensor:
+    """[9 N K / 16] in the values' type: cuSPARSELt's compressed W for sm_90. 16-bit types, N % 64 = K % 32 = 0.
+
+    Not yet compared with the library (see above).
+    """
+    n, k = layout.shape
+    _check_cusparselt_sm90(n, k, layout.values.dtype)
+    nibbles = torch.stack((layout.metadata & 15, layout.metadata >> 4), -1)  # [N, K / 8, 2], group 2 byte + half
+    # Row 64 b + 16 s + 8 h + g, group 8 c + 4 u + v -> block (b, c), piece (s, g), byte 2 v + u, nibble h.
+    split = nibbles.reshape(n // 64, 4, 2, 8, k // 32, 2, 4).permute(0, 4, 1, 3, 6, 5, 2)
+    tail = (split[..., 0] | split[..., 1] << 4).reshape(-1).view(layout.values.dtype)
+    return torch.cat((layout.values.reshape(-1), tail))
+
+
+def from_cusparselt_sm90(blob: Tensor, shape: tuple[int, int]) -> Sp24:
+    """The layout of cuSPARSELt's compressed W[N, K] for sm_90, checked: the inverse of `to_cusparselt_sm90`."""
+    n, k = shape
+    _check_cusparselt_sm90(n, k, blob.dtype)
+    values, tail = _parts(blob, shape)
+    split = torch.stack((tail & 15, tail >> 4), -1).reshape(n // 64, k // 32, 4, 8, 4, 2, 2)
+    nibbles = split.permute(0, 2, 6, 3, 1, 5, 4).reshape(n, k // 8, 2)
+    return Sp24(values=values, metadata=(nibbles[..., 0] | nibbles[..., 1] << 4).contiguous(), shape=shape).check()
+
+
+def _parts(blob: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(values [N, K / 2], metadata's bytes) of cuSPARSELt's compressed W[N, K] of 16 bits."""
+    n, k = shape
     blob = blob.reshape(-1)
     if blob.numel() != n * k // 16 * 9:
         raise ValueError(f"a compressed weight of shape {shape} has {n * k // 16 * 9} elements, got {blob.numel()}")
-    values, tail = blob[: n * k // 2].reshape(n, k // 2).clone(), blob[n * k // 2 :].clone().view(torch.uint8)
-    blocks = tail.reshape(k // 64, n // 128, 2, 4, 128).permute(0, 2, 1, 3, 4).reshape(-1)
-    return Sp24(values=values, metadata=_rows(blocks, n, k, blob.dtype), shape=shape).check()
+    return blob[: n * k // 2].reshape(n, k // 2).clone(), blob[n * k // 2 :].clone().view(torch.uint8)
 
 
 def _check(n: int, k: int, dtype: torch.dtype) -> torch.dtype:
@@ -75,6 +111,14 @@ def _check_cusparselt(n: int, k: int, dtype: torch.dtype) -> None:
     if dtype not in (torch.bfloat16, torch.float16) or n % 128 or k % 64:
         raise ValueError(
             "cuSPARSELt's order for sm_80 is known for bfloat16 and float16 and N in multiples of 128, K of 64; "
+            f"got {dtype}, {(n, k)}"
+        )
+
+
+def _check_cusparselt_sm90(n: int, k: int, dtype: torch.dtype) -> None:
+    if dtype not in (torch.bfloat16, torch.float16) or n % 64 or k % 32:
+        raise ValueError(
+            "cuSPARSELt's order for sm_90 is known for bfloat16 and float16 and N in multiples of 64, K of 32; "
             f"got {dtype}, {(n, k)}"
         )
 

@@ -16,10 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._ext import host, host_packs
-from ..layout import FLOATS, Layout
+from .._ext import FP8, host, host_packs
+from ..layout import FLOATS, QUANTISED, Layout
 
 LEGAL_NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
+
+
+def movable(t: Tensor) -> Tensor:
+    """float8 as bytes, which torch gathers and scatters; any other type as it is."""
+    return t.view(torch.uint8) if t.dtype == FP8 else t
 
 
 def padded(k: int) -> int:
@@ -49,8 +54,9 @@ class Sp24(Layout):
 
     def unpack(self) -> Tensor:
         n, k = self.shape
-        dense = self.values.new_zeros(n, padded(k))
-        return dense.scatter_(1, self.columns(), self.values)[:, :k].contiguous()
+        values = movable(self.values)
+        dense = values.new_zeros(n, padded(k)).scatter_(1, self.columns(), values)
+        return dense[:, :k].contiguous().view(self.dtype)
 
     def _unpack_host(self, dense: Tensor, dtype: int, threads: int) -> None:
         n, k = self.shape
@@ -58,12 +64,13 @@ class Sp24(Layout):
 
     def sample(self, dense: Tensor) -> Tensor:
         k = self.shape[1]
-        return torch.nn.functional.pad(dense, (0, padded(k) - k)).gather(1, self.columns())
+        whole = torch.nn.functional.pad(dense, (0, padded(k) - k))
+        return movable(whole).gather(1, self.columns()).view(dense.dtype)
 
     def check(self) -> Sp24:
         n, k = self._check_shape()
         kp = padded(k)
-        self._check_tensor("values", (n, kp // 2), *FLOATS, torch.int8)
+        self._check_tensor("values", (n, kp // 2), *FLOATS, *QUANTISED)
         self._check_tensor("metadata", (n, kp // 8), torch.uint8)
         self._check_scale(quantised=True)
         bad = self._first_illegal()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._ext import DTYPES, host, host_packs
 from . import repack
-from .layout import Sp24, padded
+from .layout import Sp24, movable, padded
 
 
 def prune_mask(dense: Tensor) -> Tensor:
@@ -79,7 +79,9 @@ def pack(dense: Tensor, *, prune: bool = False, scale: Tensor | None = None) -> 
     n, k = dense.shape
     kp = padded(k)
     if prune:
-        dense = dense.masked_fill(~prune_mask(dense), 0)  # not a product: that turns a pruned infinity into NaN
+        kept = prune_mask(dense.float() if dense.dtype.itemsize == 1 else dense)
+        # Not a product: that turns a pruned infinity into NaN.
+        dense = movable(dense).masked_fill(~kept, 0).view(dense.dtype)
     whole = torch.nn.functional.pad(dense, (0, kp - k))
     groups = whole.reshape(n, kp // 4, 4)
     nonzero = groups != 0
@@ -90,7 +92,7 @@ def pack(dense: Tensor, *, prune: bool = False, scale: Tensor | None = None) -> 
     # The stored pair: every nonzero, filled up from the right, so an empty group stores (2, 3) = 0xE.
     rank = torch.where(nonzero, 8, 0) + torch.arange(4, device=dense.device)
     pair = rank.topk(2, dim=-1).indices.sort(dim=-1).values
-    values = groups.gather(-1, pair).reshape(n, kp // 2)
+    values = movable(groups).gather(-1, pair).view(dense.dtype).reshape(n, kp // 2)
     nibbles = (pair[..., 0] | pair[..., 1] << 2).to(torch.uint8).reshape(n, kp // 8, 2)
     metadata = nibbles[..., 0] | nibbles[..., 1] << 4
     return Sp24(values=values.contiguous(), metadata=metadata.contiguous(), shape=(n, k), scale=scale)

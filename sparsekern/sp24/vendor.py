@@ -13,11 +13,12 @@ from torch import Tensor
 
 from .. import tune
 from .._plan import plan
-from ..ref import ACTIVATIONS, out_dtype
+from ..ref import ACTIVATIONS, result_dtype
 from .layout import Sp24
 
 # Multiples that torch asks of (N, K) and of the tokens, by type.
 ALIGNMENT = {torch.bfloat16: (16, 8), torch.float16: (16, 8), torch.int8: (32, 16)}
+ENDINGS = None  # its 16-bit outputs are rounded, so nothing exact can follow them (_ending.py)
 
 
 def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
@@ -48,7 +49,7 @@ def why_not_here(device: torch.device) -> str | None:
 
 def mm(layout: Sp24, x: Tensor, bias: Tensor | None, activation: str, *, algorithm: int | None = None) -> Tensor:
     """Y = act(X W^T * scale + bias): x [M, K] -> [M, N]. algorithm: a number of cuSPARSELt's; None searches."""
-    m, out = x.shape[0], out_dtype(x)
+    m, out = x.shape[0], result_dtype(x)
     if m == 0:
         return x.new_empty((0, layout.shape[0]), dtype=out)
     weight, tokens = compressed(layout), columns(x)

@@ -23,7 +23,7 @@ def main() -> None:
             tiles = -(-330 // kernel.rows) * -(-m // kernel.tokens)
             streamed = tiles if kernel.family == "decode" else 1
             how = config.Choice(number, 3, streamed, tiles, 0.0)
-            y = cuda.mm(packed, x, None, "gelu", out=torch.float32, how=how)
+            y = cuda.mm(packed, x, None, "gelu", out_dtype=torch.float32, how=how)
             want = torch.nn.functional.gelu(x.float() @ packed.unpack().float().t())
             error = float((y - want).norm() / want.norm())
             print(number, kernel.family, kernel.rows, kernel.tokens, dtype, f"error {error:.1e}")
