@@ -274,8 +274,8 @@ class NinjaBuild(build_ext):
             raise SystemExit("sparsekern: the C++ build failed; the compiler's message is above") from error
 
     def copy_extensions_to_source(self) -> None:
-        built = [e for e in self.extensions if Path(self.build_lib, self.get_ext_filename(e.name)).exists()]
-        self.extensions, every = built, self.extensions
+        every = self.extensions  # one that was not built (no nvcc, say) must not keep the other back
+        self.extensions = [e for e in every if Path(self.build_lib, self.get_ext_filename(e.name)).exists()]
         super().copy_extensions_to_source()
         self.extensions = every
 
