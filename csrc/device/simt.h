@@ -170,8 +170,8 @@ SK_DEVICE void sync_cluster() {
 #endif
 }
 
-// Bytes of shared memory that a block may have on the architecture that is compiled for. Launchers refuse what needs more
-// (cudaFuncSetAttribute does), so that such a kernel is compiled to `unreachable` and nothing else.
+// Bytes of shared memory that a block may have on the architecture that is compiled for. Launchers refuse what needs
+// more (cudaFuncSetAttribute does), so that such a kernel is compiled to `unreachable` and nothing else.
 #if !defined(__CUDA_ARCH__)
 constexpr int kMostShared = 227 * 1024;
 #elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
