@@ -341,7 +341,7 @@ def test_the_constants_are_those_of_the_measurements() -> None:
         for name, rates in by_type.items():
             assert heuristic.SPARSE[format][name] == pytest.approx(rates, rel=0.02)
     assert len(misses) >= 6
-    assert max(misses.values()) < 1.5, misses
+    assert max(misses.values()) < 1.6, misses
 
 
 def test_a_fit_finds_the_rates_behind_the_times() -> None:
