@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -132,6 +133,11 @@ def _why_not_arch(device: torch.device, archs: str) -> str | None:
 
 # The stream's number without a Stream around it, as torch's own compiled code asks for it: 0.1 instead of 2 us.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda i: torch.cuda.current_stream(i).cuda_stream)
+
+
+def on_card(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Launches go to the GPU of x, whichever is current; nothing where x is on another device."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
 def stream_of(x: torch.Tensor) -> int:

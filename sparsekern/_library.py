@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 
 from . import _ending
 from ._ending import Ending
+from ._ext import on_card
 from .dispatch import choose
 from .formats import FORMATS
 from .layout import Layout
@@ -57,7 +58,7 @@ def unwatched(values: Tensor, x: Tensor, other: Tensor | None = None) -> bool:
     """Whether torch would do nothing with a call but pass it on: then it goes straight, which spares 5 us.
 
     No trace, mode, transform, autocast or profiler is there to see an op, and every tensor is an ordinary one on
-    one CPU or GPU. Gradients are not asked about: the ops have none, they lie around them.
+    one CPU or on the current GPU. Gradients are not asked about: the ops have none, they lie around them.
     """
     if is_compiling():  # first: what follows is for no trace to see
         return False
@@ -70,7 +71,7 @@ def unwatched(values: Tensor, x: Tensor, other: Tensor | None = None) -> bool:
         and type(values) in _TYPES
         and _PLAIN.get(_keys_of(values).raw_repr()) == device
         and (other is None or (type(other) in _TYPES and _PLAIN.get(_keys_of(other).raw_repr()) == device))
-        and (device == "cpu" or x.get_device() == values.get_device())
+        and (device == "cpu" or x.get_device() == values.get_device() == torch.cuda.current_device())
         and (device == "cpu" or other is None or x.get_device() == other.get_device())
     )
 
@@ -99,10 +100,11 @@ def _define(name: str, schema: str, run: Any, fake: Any) -> dict[str, Any]:
             _refuse_onnx(format)
             w = layout.from_parts(values, tuple(index), scale, tuple(dims))
             device = values.device.type
-            if is_autocast_enabled(device):  # has been heeded; torch's products in a backend are of the types they get
-                with torch.autocast(device, enabled=False):
-                    return run(w, *rest)
-            return run(w, *rest)
+            with on_card(values):
+                if is_autocast_enabled(device):  # was heeded; torch's products in a backend are of the types they get
+                    with torch.autocast(device, enabled=False):
+                        return run(w, *rest)
+                return run(w, *rest)
 
         def fake_impl(*arguments):
             _refuse_onnx(format)

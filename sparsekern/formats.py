@@ -30,8 +30,8 @@ FORMATS = {
     f.name: f
     for f in (
         Format(sp24.Sp24, sp24.pack, {"cpu": ("host",), "cuda": ("cuda", "vendor")}),
-        Format(bsr.Bsr, bsr.pack, {"cpu": ("host",), "cuda": ("triton",)}),
-        Format(csr.Csr, csr.pack, {"cpu": ("host",), "cuda": ("cuda",)}),
+        Format(bsr.Bsr, bsr.pack, {"cpu": ("host",), "cuda": ("triton", "vendor")}),
+        Format(csr.Csr, csr.pack, {"cpu": ("host",), "cuda": ("cuda", "vendor")}),
         Format(bitmap.Bitmap, bitmap.pack, {"cpu": ("host",), "cuda": ("cuda",)}),
     )
 }

@@ -6,6 +6,7 @@ other road; and what a module computes must follow every change of its parts, be
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -437,3 +438,24 @@ assert _ext.host().active_isa() == "portable"
     env = {**os.environ, "SPARSEKERN_ISA": "portable"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
+
+
+@param(FOUR)
+def test_ops_launch_on_the_card_of_the_weight(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through every op, whichever GPU is current; the straight road is for the current one alone."""
+    entered = []
+    monkeypatch.setattr(_library, "on_card", lambda t: entered.append(t.data_ptr()) or contextlib.nullcontext())
+    layout, x = case.pack(case.dense(N, K)), random_dense(5, K)
+    _library.MM[layout.format](*layout.parts, x, None, "none", None)
+    assert entered == [layout.values.data_ptr()]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@param(FOUR)
+def test_a_card_that_is_not_current(case: Case) -> None:
+    dense, x = case.dense(64, 64), random_dense(5, 64)
+    with torch.cuda.device(0):
+        w = sk.SparseTensor(case.pack(dense).to(device="cuda:1"))
+        y = sk.linear(x.to("cuda:1"), w)
+        assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(y.cpu(), x @ dense.t(), rtol=1e-2, atol=1e-2)

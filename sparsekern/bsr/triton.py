@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ext import FP8, capability, known_bias, multiprocessors, unit_rows, why_not_triton
+from .._ext import FP8, capability, known_bias, multiprocessors, on_card, unit_rows, why_not_triton
 from . import tuning
 from .config import LARGEST, PRECISIONS, SMALLEST, Config, sides
 from .layout import Bsr
@@ -128,7 +128,7 @@ def _product(
     if how.resident:
         programs = min(programs, multiprocessors(x.device) * how.resident)
     ending = {"ACTIVATION": activation, "OUT": outer, "TOKENS": how.tokens}
-    with on(x):
+    with on_card(x):
         kernels.bsr_mm[(programs,)](
             given, w, y, partial, bias, scale, residual, work.items, place, gather,
             m, size, inner_size, x.stride(0), y.stride(0), residual_stride, count, tiles,
@@ -164,7 +164,7 @@ def sddmm(layout: Bsr, dy: Tensor, x: Tensor, how: Config | None = None) -> Tens
     tma = how.tma and _maps(dy, x)
     a: Any = _map(dy, how.tokens, r) if tma else dy
     b: Any = _map(x, how.tokens, c) if tma else x
-    with on(x):
+    with on_card(x):
         kernels.bsr_sddmm[(blocks, parts)](
             a, b, sums, row, layout.col, m, n, k, dy.stride(0), x.stride(0), share, blocks,
             R=r, C=c, TOKENS=how.tokens, EVEN=n % r == 0 and k % c == 0, TMA=tma, PRECISION=fp32_precision(),
@@ -232,8 +232,3 @@ def _map(t: Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])
-
-
-def on(x: Tensor) -> Any:
-    """Launches go to the device of x."""
-    return torch.cuda.device_of(x)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._ext import FP8, known_bias, multiprocessors
+from .._ext import FP8, known_bias, multiprocessors, on_card
 from .._plan import plan
 from ..bsr import triton as product
 from ..bsr.config import Config, sides
@@ -98,7 +98,7 @@ def conv2d_weight(layout: Bsr, dy: Tensor, x: Tensor, g: Geometry, how: Config |
     share = -(-pixels // (how.parts * how.tokens)) * how.tokens
     parts = -(-pixels // share)
     sums = out if parts == 1 else x.new_empty((parts, *out.shape), dtype=torch.float32)
-    with product.on(x):
+    with on_card(x):
         _kernels().bsr_conv_sddmm[(blocks, parts)](
             dy, x, sums, rows_of(layout), _forward_shifts(layout, g), pixels, *dy.shape[2:], *x.shape[2:],
             x.shape[1], dy.shape[1], g.stride_h, g.stride_w, share, blocks,
@@ -136,7 +136,7 @@ def _run(
         programs = min(programs, multiprocessors(x.device) * how.resident)
     places = (*y.shape[2:], *first, *steps)
     ending = {"ACTIVATION": activation, "OUT": outer, "TOKENS": how.tokens}
-    with product.on(x):
+    with on_card(x):
         _kernels().bsr_conv[(programs,)](
             x, layout.values, y, partial, bias, None, work.items, walk.shifts, walk.gather,
             pixels, *grid, *x.shape[2:], x.shape[1], size, *strides, *places, work.items.shape[0], tiles,

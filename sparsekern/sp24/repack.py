@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._ext import CUDA_DTYPES, FP8, cuda, stream_of, unit_rows, why_not_cuda
+from .._ext import CUDA_DTYPES, FP8, cuda, on_card, stream_of, unit_rows, why_not_cuda
 from .layout import Sp24, padded
 
 DTYPES = (torch.bfloat16, torch.float16, torch.int8, FP8)
@@ -143,24 +143,25 @@ def _run(source: str, dtype: torch.dtype, n: int, k: int, **tensors: Tensor | No
         return 0 if t is None else t.stride(0)
 
     some = next(t for t in tensors.values() if t is not None)
-    cuda().sp24_repack(
-        _SOURCES.index(source),
-        CUDA_DTYPES[dtype],
-        n,
-        k,
-        address("dense"),
-        stride("dense"),
-        address("mask"),
-        stride("mask"),
-        address("values"),
-        address("metadata"),
-        address("fragments"),
-        address("to_fragments"),
-        address("to_transposed"),
-        address("to_values"),
-        address("to_metadata"),
-        address("to_dense"),
-        stride("to_dense"),
-        address("first"),
-        stream_of(some),
-    )
+    with on_card(some):  # packing comes outside of ops, too
+        cuda().sp24_repack(
+            _SOURCES.index(source),
+            CUDA_DTYPES[dtype],
+            n,
+            k,
+            address("dense"),
+            stride("dense"),
+            address("mask"),
+            stride("mask"),
+            address("values"),
+            address("metadata"),
+            address("fragments"),
+            address("to_fragments"),
+            address("to_transposed"),
+            address("to_values"),
+            address("to_metadata"),
+            address("to_dense"),
+            stride("to_dense"),
+            address("first"),
+            stream_of(some),
+        )
