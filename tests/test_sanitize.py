@@ -1,4 +1,7 @@
-"""The C++ kernels under AddressSanitizer and UBSan: a build of their own, kept in build/, and one subprocess."""
+"""The C++ kernels under AddressSanitizer and UBSan: a build of their own, kept in build/, and one subprocess.
+
+And what compute-sanitizer runs on a card, rehearsed in the emulator.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import host_isas
+from sanitize import gpu
 
 ROOT = Path(__file__).parent.parent
 SANITIZERS = "address,undefined"
@@ -58,3 +62,9 @@ def test_no_bad_access_and_no_undefined_behaviour() -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
     assert "clean" in done.stdout
+
+
+def test_what_compute_sanitizer_runs(emulated_once: object) -> None:
+    gpu.multiply(step=5)
+    gpu.rows(40, 72, (1, 12))
+    gpu.planes()

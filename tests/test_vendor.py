@@ -35,7 +35,7 @@ def _device() -> Iterator[None]:
 @types
 @pytest.mark.parametrize("tokens", [0, 1, 7, 130])
 def test_csr(dtype: torch.dtype, tokens: int) -> None:
-    dense = random_weight("csr", 33, 50, dtype, 0.3).to(torch.get_default_device())
+    dense = random_weight("csr", 33, 50, dtype, 0.3)
     layout, bias = pack_csr(dense), random_dense(33, dtype=dtype, seed=3)
     x, dy = random_dense(tokens, 50, dtype=dtype, seed=1), random_dense(tokens, 33, dtype=dtype, seed=2)
     apart = random_dense(tokens, 60, dtype=dtype, seed=1)[:, 5:55]  # rows that do not follow each other
@@ -51,7 +51,7 @@ def test_csr(dtype: torch.dtype, tokens: int) -> None:
 @types
 @pytest.mark.parametrize("block", [16, 32])
 def test_bsr(dtype: torch.dtype, block: int) -> None:
-    dense = random_weight("bsr", 64, 96, dtype, 0.4, block=block).to(torch.get_default_device())
+    dense = random_weight("bsr", 64, 96, dtype, 0.4, block=block)
     layout, bias = pack_bsr(dense, (block, block)), random_dense(64, dtype=dtype, seed=3)
     for tokens in (0, 1, 33):
         x = random_dense(tokens, 96, dtype=dtype, seed=1)
