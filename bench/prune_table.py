@@ -133,8 +133,14 @@ def heading(bert: dict[str, Any], mnist: dict[str, Any]) -> str:
         f"Perplexity of the BERT at masked residues (dense {dense['perplexity']:.3f}; least and most of the "
         f"calibration seeds) and its speed at 1 and at 128 tokens against dense; accuracy of the MNIST network with "
         f"{100 * SPARSITY:.0f} % pruned (dense {accuracy:.1f} ± {half:.1f} %, {seeds} seeds, 95 % interval) and its "
-        f"speed, {mnist['effort']['images']} images. Whole models, converted, fp32, one thread; ~: within the noise."
+        f"speed, {mnist['effort']['images']} images. Whole models, converted, fp32, {_threads(bert)} and "
+        f"{_threads(mnist)}; ~: within the noise."
     )
+
+
+def _threads(result: dict[str, Any]) -> str:
+    threads = result["machine"]["threads"]
+    return f"{threads} threads" if threads > 1 else "one thread"
 
 
 def _bert(result: dict[str, Any], source: Bert) -> tuple[str, str]:
