@@ -199,15 +199,15 @@ def unit_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_contiguous() or x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
-def word_rows(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy whose rows begin and end at multiples of 4 bytes, as the GPU's copies to shared memory need.
+def word_rows(x: torch.Tensor, unit: int = 4) -> torch.Tensor:
+    """x, or a copy whose rows begin and end at multiples of `unit` bytes (4, as the GPU's copies to shared memory need,
+    or 16, as tensor maps do, whose rows must not overlap either).
 
     The columns that it has more are zeros: less than 16 bytes of them, up to a multiple of 16.
     """
-    size = x.element_size()
-    if (x.data_ptr() | x.stride(0) * size | x.shape[1] * size) % 4 == 0:
+    size, (m, k) = x.element_size(), x.shape
+    if (x.data_ptr() | x.stride(0) * size | k * size) % unit == 0 and (unit == 4 or m == 1 or x.stride(0) >= k):
         return x
-    m, k = x.shape
     rows = x.new_zeros(m, k + -k % (16 // size))  # functional.pad might keep the odd stride of a single row
     rows[:, :k] = x
     return rows

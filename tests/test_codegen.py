@@ -23,7 +23,7 @@ from sparsekern.sp24 import config
 
 ROOT = Path(__file__).parent.parent
 OBJECTS = ROOT / "build" / f"cuda-{sys.implementation.cache_tag}"
-UNITS = [(name, source) for source, name, _ in cuda_units() if source.suffix == ".cu" and source.stem != "launch"]
+UNITS = [(name, source) for source, name, _ in cuda_units() if source.suffix == ".cu" and name != "sp24_launch"]
 
 
 @cache
@@ -146,6 +146,69 @@ def test_promoted_sums_are_added_beside_products() -> None:
         parts = 3 if "Li192E" in name else 2
         block = "mm" + r"mm1\+{32}" * (parts - 1) + r"0\+{32}"
         assert re.fullmatch(f"({block})+", loop), (name, loop)
+
+
+def test_bitmaps_become_operands() -> None:
+    """Every kernel multiplies what it has decoded in registers: by wgmma on sm_90a, by mma elsewhere."""
+    for unit, kernel, product in (
+        ("bitmap_launch_sm90", "bitmap_mm_sm90", r"HGMMA\.64x\d+x16\.F32\S* R\d+, R\d+, gdesc"),
+        ("bitmap_launch", "bitmap_mm_sm80", r"HMMA\.16816\.F32"),
+    ):
+        found = {key: code for key, code in sass(unit).items() if kernel in key[1]}
+        assert found, unit
+        for (arch, name), code in found.items():
+            assert re.search(product, code), (arch, name)
+            assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory on {arch}"
+
+
+LOGIC = [
+    "LOP3",
+    "SHF",
+    "PRMT",
+    "IADD3",
+    "ISETP",
+    "SEL",
+    "LEA",
+    "VIADD",
+    "R2P",
+    "SGXT",
+    "BMSK",
+    "IABS",
+    "IMNMX",
+    "VIMNMX",
+    "PLOP3",
+]
+MULTIPLY = ["IMAD", "IDP"]
+SHARED = ["LDS", "LDSM", "STS", "SHFL"]
+
+
+def loop(code: str, product: str) -> list[str]:
+    """The instructions of the smallest loop that holds most of the products."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?(\w+)([^;]*);", code)
+    steps = [(int(at, 16), word, rest) for at, word, rest in lines]
+    back = [(int(to[1], 16), at) for at, word, rest in steps if word == "BRA" and (to := re.search(r"0x(\w+)", rest))]
+    ranges = [(sum(low <= at <= high and word == product for at, word, _ in steps), low - high, low, high)
+              for low, high in back if low < high]  # fmt: skip
+    _, _, low, high = max(ranges)
+    return [word for at, word, _ in steps if low <= at <= high]
+
+
+def test_decoding_keeps_up_with_the_memory() -> None:
+    """What csrc/bitmap/fragments.cuh promises of a warp's 1024 weights: 55 cycles of a multiprocessor.
+
+    It issues four instructions of a warp a cycle, and completes two of logic, two multiplications and one access of
+    shared memory.
+    """
+    kernels = {name: code for (_, name), code in sass("bitmap_launch_sm90").items() if "bitmap_mm_sm90" in name}
+    assert kernels
+    for name, code in kernels.items():
+        words = loop(code, "HGMMA")
+        counts = [sum(word in kind for word in words) for kind in (LOGIC, MULTIPLY, SHARED)]
+        print(f"{len(words)} instructions, {counts[0]} logic, {counts[1]} multiply, {counts[2]} shared  {name}")
+        assert len(words) <= 220
+        assert counts[0] <= 110
+        assert counts[1] <= 110
+        assert counts[2] <= 44
 
 
 def test_shared_memory(device_module: Any) -> None:

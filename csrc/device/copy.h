@@ -43,6 +43,34 @@ SK_DEVICE T load_announced(const T* p) {
 #endif
 }
 
+// A word at a shared address, and the 16 bits at one and a constant beyond it. Not moved across waits and barriers.
+SK_DEVICE uint32_t load_shared_word(uint32_t shared) {
+#if SK_GPU
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
+    return v;
+#else
+    if (shared % 4) emu::fail("a misaligned 4-byte load");
+    uint32_t v;
+    memcpy(&v, emu::shared_pointer(shared), 4);
+    return v;
+#endif
+}
+
+template <int kOffset>
+SK_DEVICE uint32_t load_shared_half(uint32_t shared) {
+#if SK_GPU
+    uint32_t v;
+    asm volatile("ld.shared.u16 %0, [%1 + %2];" : "=r"(v) : "r"(shared), "n"(kOffset));
+    return v;
+#else
+    if ((shared + kOffset) % 2) emu::fail("a misaligned 2-byte load");
+    uint16_t v;
+    memcpy(&v, emu::shared_pointer(shared + kOffset), 2);
+    return v;
+#endif
+}
+
 // cp.async (sm_80 and later) -----------------------------------------------------------------------------------------
 
 // kBytes (4, 8 or 16) from global to shared memory, zeros where `valid` is false. Lands at wait_copies.
@@ -173,6 +201,40 @@ SK_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
 #else
     twin::Barrier* b = &twin::barrier(barrier);
     emu::wait_for("an mbarrier", [b, parity] { return b->phase != parity; });
+#endif
+}
+
+// A place in a ring of stages, each with a barrier that is full and one that is empty, filled by a producer and drained
+// by consumers: every thread has its own copy.
+template <int kStages>
+struct RingPlace {
+    uint32_t stage = 0, phase = 0;
+    SK_DEVICE uint32_t before() const { return stage == 0 ? kStages - 1 : stage - 1; }
+    SK_DEVICE void next() {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// `bytes` (a multiple of 16, as both addresses are) from global to shared memory; tells them to the barrier.
+SK_DEVICE void load_bytes(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+#if SK_GPU
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory");
+#else
+    if ((shared | bytes | reinterpret_cast<uintptr_t>(global)) % 16) emu::fail("a misaligned bulk copy");
+    char* to = emu::shared_pointer(shared);
+    if (bytes) emu::shared_pointer(shared + bytes - 1);
+    twin::Barrier* done = &twin::barrier(barrier);
+    emu::perform_later([=] {
+        memcpy(to, global, bytes);
+        done->bytes -= static_cast<int32_t>(bytes);
+        done->complete_if_due();
+    });
 #endif
 }
 

@@ -79,16 +79,10 @@ SK_DEVICE void mma(Accumulator<T>* d, const uint32_t (&a)[4], const uint32_t (&b
     } slot{d, a, b};
     emu::meet_warp("mma", &slot, [](void** slots, void*) {
         const auto of = [&](int lane) { return static_cast<Slot*>(slots[lane]); };
-        constexpr int kPer = 4 / bytes_of(T), kK = 8 * kPer;
-        std::vector<Accumulator<T> > dense(16 * kK);
-        for (int r = 0; r < 16; ++r) {
-            for (int k = 0; k < kK; ++k) {
-                const int lane = r % 8 * 4 + k % (4 * kPer) / kPer, reg = r / 8 + 2 * (k / (4 * kPer));
-                dense[r * kK + k] = twin::element_of<T>(of(lane)->a[reg], k % kPer);
-            }
-        }
+        constexpr int kPer = 4 / bytes_of(T);
+        const auto dense = twin::dense_a<T>([&](int lane, int i) { return of(lane)->a[i]; });
         twin::multiply<T>(
-            dense, kK, 8,
+            dense, 8 * kPer, 8,
             [&](int k, int n) {
                 return twin::element_of<T>(of(n * 4 + k % (4 * kPer) / kPer)->b[k / (4 * kPer)], k % kPer);
             },

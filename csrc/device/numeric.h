@@ -50,15 +50,40 @@ SK_DEVICE To bits_as(From value) {
     return out;
 }
 
-// Four bytes of the eight in `low` and `high` (numbered 0..3 and 4..7), one for each nibble of `selector`.
+// Four bytes of the eight in `low` and `high` (numbered 0..3 and 4..7), one for each nibble of `selector`: numbers up
+// to 7 in its low half; its high half does not count.
 SK_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 #if SK_GPU
-    return __byte_perm(low, high, selector);
+    uint32_t out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(selector));
+    return out;
 #else
+    if (selector & 0x8888) emu::fail("permute_bytes: a byte that there is not");
     const uint64_t bytes = low | uint64_t{high} << 32;
     uint32_t out = 0;
     for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
     return out;
+#endif
+}
+
+// sum + a . b, of vectors of four unsigned bytes.
+SK_DEVICE uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t sum) {
+#if SK_GPU
+    return __dp4a(a, b, sum);
+#else
+    for (int i = 0; i < 32; i += 8) sum += (a >> i & 255) * (b >> i & 255);
+    return sum;
+#endif
+}
+
+// sum + a . b, of two unsigned 16-bit numbers and two unsigned bytes: the first two of b, or (kHigh) the last two.
+template <bool kHigh>
+SK_DEVICE uint32_t dot_halves(uint32_t a, uint32_t b, uint32_t sum) {
+#if SK_GPU
+    return kHigh ? __dp2a_hi(a, b, sum) : __dp2a_lo(a, b, sum);
+#else
+    const uint32_t bytes = kHigh ? b >> 16 : b;
+    return sum + (a & 0xFFFF) * (bytes & 255) + (a >> 16) * (bytes >> 8 & 255);
 #endif
 }
 

@@ -1,6 +1,7 @@
 // The tensor-core instructions as the PTX ISA defines them, for the emulator: operands are gathered from the threads'
 // registers and from swizzled shared memory into dense matrices, multiplied, and scattered back.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <type_traits>
@@ -49,6 +50,20 @@ std::vector<Accumulator<T>> expand_a(Regs regs, Meta meta, int selector) {
             if ((nibble & 3) >= nibble >> 2) emu::fail("sparse metadata whose two indices do not ascend");
             const int at = c % 2 ? nibble >> 2 : nibble & 3;
             dense[r * kK + 4 * group + at] = element_of<T>(regs(lane, reg), c % kPer);
+        }
+    }
+    return dense;
+}
+
+// A warp's dense A operand as a [16, 32 / bytes] matrix.
+template <Type T, class Regs>
+std::vector<Accumulator<T>> dense_a(Regs regs) {
+    constexpr int kPer = 4 / bytes_of(T), kK = 8 * kPer;
+    std::vector<Accumulator<T>> dense(16 * kK);
+    for (int r = 0; r < 16; ++r) {
+        for (int k = 0; k < kK; ++k) {
+            const int lane = r % 8 * 4 + k % (4 * kPer) / kPer, reg = r / 8 + 2 * (k / (4 * kPer));
+            dense[r * kK + k] = element_of<T>(regs(lane, reg), k % kPer);
         }
     }
     return dense;

@@ -1,7 +1,8 @@
-// A warpgroup's sparse matrix product from registers and shared memory: wgmma.mma_async.sp (sm_90a).
+// A warpgroup's matrix products from registers and shared memory: wgmma.mma_async, dense and .sp (sm_90a).
 //
-// D[64, N] += A[64, 64 / bytes] B: A is 2:4 sparse, in registers, warp w of the group holds rows 16 w .. 16 w + 15 as
-// mma.sp has them; B [N, 64 / bytes], K-major, lies in shared memory as 128-byte rows with the 128-byte swizzle.
+// D[64, N] += A[64, K] B: A is in registers, warp w of the group holds rows 16 w .. 16 w + 15 as mma and mma.sp have
+// them; B [N, K], K-major, lies in shared memory as 128-byte rows with the 128-byte swizzle. K is 64 / bytes where A is
+// 2:4 sparse, 32 / bytes where it is dense.
 // D: registers 4 j + 0, 1 are row 16 w + g, columns 8 j + 2t, + 1; registers 4 j + 2, 3 the same of row + 8.
 // Asynchronous: D, A and the metadata may not be touched, nor B be overwritten, until wait_products.
 #pragma once
@@ -109,6 +110,88 @@ SK_PRODUCTS(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", "%71");
 SK_PRODUCTS(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134", "%135");
 #undef SK_PRODUCTS
 #undef SK_PRODUCT
+
+template <Type T, int N>
+struct DenseProduct;
+#define SK_PRODUCT(T, N, R, TYPES, A0, A1, A2, A3, DESC, KEEP)                                                 \
+    template <>                                                                                                \
+    struct DenseProduct<T, N> {                                                                                \
+        SK_DEVICE static void run(float (&d)[R], const uint32_t (&a)[4], uint64_t b, int accumulate) {         \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " KEEP ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+                         "k16.f32." TYPES " {" SK_REGISTERS##N "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " DESC    \
+                                                               ", p, 1, 1, 0;\n}"                              \
+                         : SK_OUT##R(SK_FLOAT, 0)                                                              \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));               \
+        }                                                                                                      \
+    }
+#define SK_PRODUCTS(N, R, ...)                              \
+    SK_PRODUCT(Type::bf16, N, R, "bf16.bf16", __VA_ARGS__); \
+    SK_PRODUCT(Type::f16, N, R, "f16.f16", __VA_ARGS__)
+SK_PRODUCTS(8, 4, "%4", "%5", "%6", "%7", "%8", "%9");
+SK_PRODUCTS(16, 8, "%8", "%9", "%10", "%11", "%12", "%13");
+SK_PRODUCTS(32, 16, "%16", "%17", "%18", "%19", "%20", "%21");
+SK_PRODUCTS(64, 32, "%32", "%33", "%34", "%35", "%36", "%37");
+#undef SK_PRODUCTS
+#undef SK_PRODUCT
+#endif
+
+#if !SK_GPU
+namespace twin {
+// A product as one thread gives it; no metadata where A is dense. Registers are read when it is performed.
+template <Type T>
+struct Product {
+    Accumulator<T>* d;
+    const uint32_t *a, *meta;
+    uint64_t b;
+    int accumulate;
+};
+
+// Adds the product of the warpgroup's threads to the open group. dense(warp's first product) is its A operand [16, k].
+template <Type T, int N, class Dense>
+void multiply_later(void** slots, int k, Dense dense) {
+    std::vector<Product<T>> all(128);
+    for (int i = 0; i < 128; ++i) all[i] = *static_cast<Product<T>*>(slots[i]);
+    const uint64_t b = all[0].b;
+    for (const Product<T>& one : all) {
+        if (one.b != b || one.accumulate != all[0].accumulate) emu::fail("wgmma: threads disagree about B");
+    }
+    if (b >> 62 != 1 || (b >> 32 & 0x3FFF) != 64) emu::fail("wgmma: B is not in the 128-byte swizzle's atoms");
+    const uint32_t start = (b & 0x3FFF) << 4;
+    const char* base = emu::shared_pointer(emu::map_to_rank(start, emu::cluster_rank())) - start;
+    // Until the wait nobody may look at D: whoever does finds poison. The first product in flight puts it there, and
+    // takes it away again when it is performed.
+    constexpr int kRegisters = N / 2;
+    std::vector<Accumulator<T>> before;
+    if (in_flight()[all[0].d]++ == 0) {
+        for (const Product<T>& one : all) {
+            before.insert(before.end(), one.d, one.d + kRegisters);
+            for (int j = 0; j < kRegisters; ++j) one.d[j] = poison<Accumulator<T>>();
+        }
+    }
+    emu::product_later([=] {
+        in_flight()[all[0].d]--;
+        for (size_t i = 0; i < before.size(); ++i) all[i / kRegisters].d[i % kRegisters] = before[i];
+        for (int w = 0; w < 4; ++w) {
+            const Product<T>* warp = all.data() + 32 * w;
+            if (!warp->accumulate) {
+                for (int lane = 0; lane < 32; ++lane) std::fill_n(warp[lane].d, kRegisters, Accumulator<T>{});
+            }
+            multiply<T>(
+                dense(warp), k, N,
+                [&](int k, int n) {
+                    const uint32_t linear = start + n / 8 * 1024 + n % 8 * 128 + k * bytes_of(T);
+                    const char* at = base + (linear ^ (linear >> 7 & 7) << 4);
+                    uint32_t bits = 0;
+                    memcpy(&bits, at, bytes_of(T));
+                    return element<T>(bits);
+                },
+                [&](int r, int c) -> Accumulator<T>& {
+                    return warp[r % 8 * 4 + c % 8 / 2].d[4 * (c / 8) + 2 * (r / 8) + c % 2];
+                });
+        }
+    });
+}
+}  // namespace twin
 #endif
 
 // Adds a product to the open group; d is overwritten where `accumulate` is 0. All 128 threads, after fence_products.
@@ -119,57 +202,27 @@ SK_DEVICE void product_sp(Accumulator<T> (&d)[N / 2], const uint32_t (&a)[4], ui
 #if SK_GPU
     SparseProduct<T, N, kSelector>::run(d, a, b, meta, accumulate);
 #else
-    struct Slot {
-        Accumulator<T>* d;
-        const uint32_t *a, *meta;
-        uint64_t b;
-        int accumulate;
-    } slot{d, a, &meta, b, accumulate};
+    twin::Product<T> slot{d, a, &meta, b, accumulate};
     emu::meet_warpgroup("wgmma.mma_async.sp", &slot, [](void** slots, void*) {
-        std::vector<Slot> all(128);
-        for (int i = 0; i < 128; ++i) all[i] = *static_cast<Slot*>(slots[i]);
-        const uint64_t b = all[0].b;
-        for (const Slot& s : all) {
-            if (s.b != b || s.accumulate != all[0].accumulate) emu::fail("wgmma: threads disagree about B");
-        }
-        if (b >> 62 != 1 || (b >> 32 & 0x3FFF) != 64) emu::fail("wgmma: B is not in the 128-byte swizzle's atoms");
-        const uint32_t start = (b & 0x3FFF) << 4;
-        const char* base = emu::shared_pointer(emu::map_to_rank(start, emu::cluster_rank())) - start;
-        // Until the wait nobody may look at D: whoever does finds poison. The first product in flight puts it there,
-        // and takes it away again when it is performed.
-        constexpr int kRegisters = N / 2;
-        std::vector<Accumulator<T> > before;
-        if (twin::in_flight()[all[0].d]++ == 0) {
-            for (const Slot& s : all) {
-                before.insert(before.end(), s.d, s.d + kRegisters);
-                for (int j = 0; j < kRegisters; ++j) s.d[j] = twin::poison<Accumulator<T> >();
-            }
-        }
-        emu::product_later([all, base, start, before] {
-            twin::in_flight()[all[0].d]--;
-            for (size_t i = 0; i < before.size(); ++i) all[i / kRegisters].d[i % kRegisters] = before[i];
-            for (int w = 0; w < 4; ++w) {
-                const auto of = [&](int lane) -> const Slot& { return all[32 * w + lane]; };
-                if (!of(0).accumulate) {
-                    for (int lane = 0; lane < 32; ++lane) {
-                        for (int j = 0; j < N / 2; ++j) of(lane).d[j] = 0;
-                    }
-                }
-                const auto dense = twin::expand_a<T>([&](int lane, int i) { return of(lane).a[i]; },
-                                                     [&](int lane) { return *of(lane).meta; }, kSelector);
-                twin::multiply<T>(
-                    dense, twin::kSparseK<T>, N,
-                    [&](int k, int n) {
-                        const uint32_t linear = start + n / 8 * 1024 + n % 8 * 128 + k * bytes_of(T);
-                        const char* at = base + (linear ^ (linear >> 7 & 7) << 4);
-                        uint32_t bits = 0;
-                        memcpy(&bits, at, bytes_of(T));
-                        return twin::element<T>(bits);
-                    },
-                    [&](int r, int c) -> Accumulator<T>& {
-                        return of(r % 8 * 4 + c % 8 / 2).d[4 * (c / 8) + 2 * (r / 8) + c % 2];
-                    });
-            }
+        twin::multiply_later<T, N>(slots, twin::kSparseK<T>, [](const twin::Product<T>* warp) {
+            return twin::expand_a<T>([&](int lane, int i) { return warp[lane].a[i]; },
+                                     [&](int lane) { return *warp[lane].meta; }, kSelector);
+        });
+    });
+#endif
+}
+
+// The same with a dense A of 16-bit floats.
+template <Type T, int N>
+SK_DEVICE void product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    static_assert(is_wide(T));
+#if SK_GPU
+    DenseProduct<T, N>::run(d, a, b, accumulate);
+#else
+    twin::Product<T> slot{d, a, nullptr, b, accumulate};
+    emu::meet_warpgroup("wgmma.mma_async", &slot, [](void** slots, void*) {
+        twin::multiply_later<T, N>(slots, 16, [](const twin::Product<T>* warp) {
+            return twin::dense_a<T>([&](int lane, int i) { return warp[lane].a[i]; });
         });
     });
 #endif

@@ -63,19 +63,6 @@ struct MmSm90Shared {
     }
 };
 
-// One ring, filled by the producer and drained by the consumers, each with its own copy of this place in it.
-template <int kStages>
-struct RingPlace {
-    uint32_t stage = 0, phase = 0;
-    SK_DEVICE uint32_t before() const { return stage == 0 ? kStages - 1 : stage - 1; }
-    SK_DEVICE void next() {
-        if (++stage == kStages) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
 template <class C>
 SK_DEVICE void mm_produce(const device::TensorMap* x_map, const Mm& p, const MmSm90Shared<C>& shared,
                           Pieces<C::kCluster> pieces, int row_tiles, int token_tiles) {

@@ -4,20 +4,24 @@ Skipping half of the products saves nothing where they are what costs: beyond DE
 weight is written out densely for cuBLAS by a kernel that costs its dense bytes, and thrown away.
 
 Where few weights are left their bits cost more than their columns: csrc/csr/mv.cuh has the bytes of both. On an H100 a
-multiprocessor spends about 70 cycles on 1024 weights by bits, whatever their number, and 0.2 cycles on each nonzero by
-distances (3 bytes) for one token, 0.4 for up to four: equal at densities of 0.34 and 0.17. Cards with less bandwidth
-count bytes, 2 d + 1/8 and 3 d: equal at 0.125, 11 % more at 0.2. BY_ROWS lies between.
+multiprocessor spends some 55 cycles on 1024 weights by bits, whatever their number, and 0.2 cycles on each nonzero by
+distances (3 bytes) for one token, 0.4 for up to four: equal at densities of 0.27 and 0.13. Cards with less bandwidth
+count bytes, 2 d + 1/8 and 3 d: equal at 0.125, 10 % more at 0.18. BY_ROWS lies between.
+
+Beside the layout lie the records that the kernels read: on a GPU a weight that has met few tokens takes its bytes
+twice, or as much as the dense one at a density of 0.44.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _rows_cuda
+from .. import _ending, _rows_cuda
 from .._ext import (
     ACTIVATIONS,
     DTYPES,
@@ -38,11 +42,11 @@ from ..ref import ACTIVATIONS as FUNCTIONS
 from . import fragments
 from .layout import Bitmap
 
-ENDINGS = frozenset[str]()  # what mm takes beside bias and activation (_ending.py)
+ENDINGS = frozenset(("x_scale", "residual", "out_dtype"))  # what mm takes beside bias and activation (_ending.py)
 DECODE = 64  # tokens
-BY_ROWS = {1: 0.25, 2: 0.15, 3: 0.15, 4: 0.15}  # tokens: densities below which the weight is read as rows
+BY_ROWS = {1: 0.2, 2: 0.13, 3: 0.13, 4: 0.13}  # tokens: densities below which the weight is read as rows
 HALVES = (torch.bfloat16, torch.float16)
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may have, by architecture
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may have, by architecture
 
 
 def why_not(op: str, layout: Bitmap, x: Tensor) -> str | None:
@@ -55,18 +59,36 @@ def why_not(op: str, layout: Bitmap, x: Tensor) -> str | None:
     return why_not_cuda(x.device)
 
 
-def mm(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
-    (n, k), m = layout.shape, x.shape[0]
-    if m and n and k:
-        if by_rows(layout, m):
-            return _rows_cuda.mm(rows_of(layout), x, bias, activation)
-        if layout.dtype in HALVES and m <= DECODE:
-            how = _choice(layout, m, x.device)
-            if how is not None:
-                return _decode(layout, x, bias, activation, *how)
+def mm(
+    layout: Bitmap,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    x_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Y = act(x_scale * X W^T + bias) + residual: x [M, K] -> [M, N] in out_dtype."""
+    ending = _ending.Ending(x_scale, residual, out_dtype)
+    asked, m = ending.asked(), x.shape[0]
+    if m and min(layout.shape) and m <= DECODE and layout.dtype in HALVES and (asked or not by_rows(layout, m)):
+        how = _choice(layout, m, x.device)
+        if how is not None:
+            return _decode(layout, x, bias, activation, *how, **asked)
+    return _ending.mm(_PLAIN, layout, x, bias, activation, ending) if asked else _plain(layout, x, bias, activation)
+
+
+def _plain(layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """`mm` by rows or by the dense weight, which end with bias and activation alone."""
+    m = x.shape[0]
+    if m and min(layout.shape) and by_rows(layout, m):
+        return _rows_cuda.mm(rows_of(layout), x, bias, activation)
     bias = bias if bias is None else bias.to(x.dtype)
     return FUNCTIONS[activation](torch.nn.functional.linear(x, _dense(layout), bias))
+
+
+_PLAIN: Any = SimpleNamespace(mm=_plain, ENDINGS=frozenset())
 
 
 def by_rows(layout: Bitmap, m: int) -> bool:
@@ -90,17 +112,28 @@ def sddmm(layout: Bitmap, dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _decode(
-    layout: Bitmap, x: Tensor, bias: Tensor | None, activation: str, number: int, kernel: Kernel, workers: int
+    layout: Bitmap,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    number: int,
+    kernel: Kernel,
+    workers: int,
+    x_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    n, m, dtype = layout.shape[0], x.shape[0], DTYPES[x.dtype]
-    x, y, bias = word_rows(unit_rows(x)), x.new_empty(m, n), known_bias(bias)
-    packed = _packed(layout)
-    row_blocks = -(-n // fragments.TILE_ROWS)
-    words = 2 * kernel.tokens * fragments.TILE_ROWS * workers
-    partials, counters = workspace(x, words, row_blocks)
+    n, m = layout.shape[0], x.shape[0]
+    x, y, bias = unit_rows(x), x.new_empty((m, n), dtype=out_dtype), known_bias(bias)
+    x = word_rows(x, 16 if kernel.order == "sm90" else 4)
+    if residual is not None:
+        residual = unit_rows(residual if residual.dtype == y.dtype else residual.to(y.dtype))
+    packed = _packed(layout, fragments.ORDERS[kernel.order]).fragments
+    tiles = -(-n // kernel.rows)
+    partials, counters = workspace(x, 2 * kernel.tokens * kernel.rows * workers, tiles * kernel.rows // 64)
     cuda().bitmap_mm(
         number,
-        dtype,
+        DTYPES[x.dtype],
         packed.records.data_ptr(),
         packed.offsets.data_ptr(),
         packed.longest,
@@ -111,9 +144,13 @@ def _decode(
         x.stride(0),
         y.data_ptr(),
         n,
+        DTYPES[y.dtype],
+        0 if x_scale is None else x_scale.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else DTYPES[bias.dtype],
         ACTIVATIONS[activation],
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0),
         workers,
         partials.data_ptr(),
         counters.data_ptr(),
@@ -125,9 +162,11 @@ def _decode(
 class Kernel(NamedTuple):
     """A row of _cuda.bitmap_kernels(type)."""
 
+    order: str  # of the records: "sm90", for that architecture alone, or "sm80"
+    rows: int  # of a tile
     tokens: int
-    warps: int
     blocks: int  # of an SM, where shared memory allows
+    least: int  # blocks of K that are worth a worker
     shared_bytes: int  # without any record
     shared_more: int  # for each byte of the longest record
 
@@ -143,29 +182,64 @@ def kernels(dtype: int) -> tuple[Kernel, ...]:
 
 def _choice(layout: Bitmap, m: int, device: torch.device) -> tuple[int, Kernel, int] | None:
     """The first kernel that has so many tokens and fits the card, with its workers; None where none fits."""
-    longest = _packed(layout).longest
-    here = 90 if emulating() else capability(device)
+    here = _card(device)
     room = SHARED[max(arch for arch in SHARED if arch <= here)] * 1024
-    (n, k) = layout.shape
-    tiles = -(-n // fragments.TILE_ROWS) * -(-k // fragments.TILE_COLUMNS)
+    orders, (n, k) = _orders(device), layout.shape
     for number, kernel in enumerate(kernels(DTYPES[layout.dtype])):
-        shared = kernel.shared(longest)
-        if m <= kernel.tokens and shared <= room:
+        if m > kernel.tokens or kernel.order not in orders:
+            continue
+        order = fragments.ORDERS[kernel.order]
+        shared = kernel.shared(_packed(layout, order).fragments.longest)
+        if shared <= room:
             blocks = max(1, min(kernel.blocks, room // (shared + 1024)))
-            # A share is at least a tile for every warp.
-            return number, kernel, max(1, min(blocks * multiprocessors(device), tiles // kernel.warps))
+            shares = -(-n // kernel.rows) * -(-k // order.columns) // kernel.least
+            return number, kernel, max(1, min(blocks * multiprocessors(device), shares))
     return None
 
 
-def _packed(layout: Bitmap) -> fragments.Fragments:
+def _orders(device: torch.device) -> tuple[str, ...]:
+    """The orders of records for which kernels were built that this card runs."""
+    hopper = _card(device) == 90 and (emulating() or "90a" in cuda().archs.split(","))
+    return ("sm90", "sm80") if hopper else ("sm80",)
+
+
+def _card(device: torch.device) -> int:
+    return 90 if emulating() else capability(device)
+
+
+class _Packed:
+    """A weight's records in one order, which follow its values and bits."""
+
+    def __init__(self, layout: Bitmap, order: fragments.Order) -> None:
+        self.pack(layout, order)
+
+    def pack(self, layout: Bitmap, order: fragments.Order) -> None:
+        self.fragments, self.version = fragments.pack(layout, order), _version(layout.bits)
+
+    def renew(self, layout: Bitmap, order: fragments.Order) -> None:
+        """New values, in the memory that a captured graph knows, by their places, which are found once."""
+        if self.version == _version(layout.bits):
+            key = ("bitmap.places", order.name, layout.shape)
+            at = plan(layout.bits, key, lambda: fragments.places(layout, self.fragments, order))
+            self.fragments.records.index_copy_(0, at, layout.values.view(torch.int16))
+
+
+def _packed(layout: Bitmap, order: fragments.Order) -> _Packed:
     """The weight in fragment order, kept beside its values and renewed in place when they change."""
-    bits = layout.bits
-    key = ("bitmap.fragments", layout.shape, bits.data_ptr(), -1 if bits.is_inference() else bits._version)
+    found = plan(
+        layout.values,
+        ("bitmap.fragments", order.name, layout.shape, layout.bits.data_ptr()),
+        lambda: _Packed(layout, order),
+        lambda old: old.renew(layout, order),
+    )
+    if found.version != _version(layout.bits):
+        found.pack(layout, order)
+    assert isinstance(found, _Packed)
+    return found
 
-    def again(old: fragments.Fragments) -> None:
-        old.records.copy_(fragments.pack(layout).records)
 
-    return plan(layout.values, key, lambda: fragments.pack(layout), again)
+def _version(bits: Tensor) -> int:
+    return -1 if bits.is_inference() else bits._version
 
 
 def _dense(layout: Bitmap) -> Tensor:

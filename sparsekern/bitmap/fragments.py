@@ -1,7 +1,7 @@
-"""Fragment order: bitmap as NVIDIA's tensor cores take it (csrc/bitmap/fragments.cuh). Derived, cached, never saved.
+"""Fragment orders: bitmap as NVIDIA's tensor cores take it (csrc/bitmap/fragments.cuh). Derived, cached, never saved.
 
-W is cut into tiles of 64 rows x 32 columns, contiguous along K, each a record of 256 bytes of bits and as many values
-as it has, filled up to a multiple of 16 bytes. Packing is a permutation, so it is lossless and needs no kernel.
+W is cut into tiles, contiguous along K, each a record of its bits and as many values as it has, filled up to a multiple
+of 16 bytes. Packing is a permutation, so it is lossless and needs no kernel.
 """
 
 from __future__ import annotations
@@ -15,11 +15,52 @@ from torch.nn.functional import pad as _pad
 from ..layout import padded
 from .layout import Bitmap
 
-TILE_ROWS, TILE_COLUMNS = 64, 32
 UNIT = 16  # bytes that offsets count
-_BITS = 128  # 16-bit halves of a record's bits
-# Row 16 i + 8 r + g of a tile, column 16 s + 8 h + 2 t + e: the axes of a tile after the split, and in walking order.
-_SPLIT = (4, 2, 8, 2, 2, 4, 2)  # i r g | s h t e
+_AXES = {"s": 0, "i": 4, "r": 2, "g": 8, "h": 2, "t": 4, "e": 2}  # their lengths; s is the order's
+
+
+class Order(NamedTuple):
+    """How the weights of a tile are numbered: its axes of rows, then of columns, slowest first.
+
+    Operand i of step s, lane 4 g + t, half h of K, register r (of rows), element e.
+    """
+
+    name: str
+    steps: int
+    row_axes: str
+    column_axes: str
+    head: int  # 16-bit halves of a record before its bits: where the values of each step begin
+
+    @property
+    def rows(self) -> int:
+        return self._size(self.row_axes)
+
+    @property
+    def columns(self) -> int:
+        return self._size(self.column_axes)
+
+    @property
+    def bits(self) -> int:
+        """16-bit halves of a record's bits."""
+        return self.steps * 64
+
+    def _size(self, axes: str) -> int:
+        return torch.Size(self.lengths(axes)).numel()
+
+    def lengths(self, axes: str) -> list[int]:
+        return [_AXES[axis] or self.steps for axis in axes]
+
+    def permutation(self, axes: str, given: str = "") -> list[int]:
+        """Of the axes behind the two of tiles, from the order `given` (that of the tile) to this one."""
+        have = given or self.row_axes + self.column_axes
+        return [0, 1, *(2 + have.index(axis) for axis in axes)]
+
+
+SM80 = Order("sm80", 2, "irg", "shte", 0)
+SM90 = Order("sm90", 4, "srg", "ihte", 8)
+ORDERS = {order.name: order for order in (SM80, SM90)}
+_WORDS = "sgtheir"  # a lane's bits, lowest first, step by step
+_WALK = "sihgtre"  # values
 
 
 class Fragments(NamedTuple):
@@ -31,54 +72,78 @@ class Fragments(NamedTuple):
     longest: int
 
 
-def pack(layout: Bitmap) -> Fragments:
+def pack(layout: Bitmap, order: Order) -> Fragments:
     """The records of a layout with 16-bit values."""
     if layout.values.element_size() != 2:
         raise ValueError(f"fragment order is for 16-bit values, not {layout.values.dtype}")
-    mask = _tiles(layout.mask(), layout.shape)  # [rows, columns, i r g s h t e] of tiles
-    tiles = mask.shape[0] * mask.shape[1]
-    # Values: steps, groups (i, h), lanes (g, t), bits (r, e). Bits: steps, lanes, then i, h, r, e.
-    walk = mask.permute(0, 1, 5, 2, 6, 4, 7, 3, 8).reshape(tiles, TILE_ROWS * TILE_COLUMNS)
-    words = mask.permute(0, 1, 5, 4, 7, 2, 6, 3, 8).reshape(tiles, 2 * _BITS, 8)
-    place = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    walk, counts = _walk(layout, order)
+    tiles, head, device = len(walk), order.head + order.bits, walk.device
+    words = _tiles(layout.mask(), order, _WORDS).reshape(tiles, order.bits * 2, 8)
+    place = torch.arange(8, dtype=torch.uint8, device=device)
     bits = (words.to(torch.uint8) << place).sum(-1, dtype=torch.uint8).view(torch.int16)
 
-    counts = walk.sum(1)
-    units = (counts + 7) // 8 + _BITS // 8
+    units = (counts + head + 7) // 8
     offsets = _pad(units.cumsum(0), (1, 0))
-    records = torch.zeros(int(offsets[-1]) * 8, dtype=torch.int16, device=mask.device)
-    starts = offsets[:-1] * 8
-    records[starts[:, None] + torch.arange(_BITS, device=mask.device)] = bits
-    dense = _tiles(layout.unpack().view(torch.int16), layout.shape)
-    values = dense.permute(0, 1, 5, 2, 6, 4, 7, 3, 8).reshape(tiles, TILE_ROWS * TILE_COLUMNS)[walk]
-    rank = torch.arange(len(values), device=mask.device) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    records[torch.repeat_interleave(starts + _BITS, counts) + rank] = values
-    longest = int(units.max()) * UNIT if tiles else 0
-    return Fragments(records, offsets.to(torch.int32), longest)
+    records = torch.zeros(int(offsets[-1]) * 8, dtype=torch.int16, device=device)
+    starts = offsets[:-1, None] * 8
+    if order.head:
+        steps = walk.view(tiles, order.steps, 1024).sum(2)
+        begins = 2 * (head + steps.cumsum(1) - steps)
+        records[starts + torch.arange(order.steps, device=device)] = begins.to(torch.int16)
+    records[starts + order.head + torch.arange(order.bits, device=device)] = bits.view(tiles, order.bits)
+    dense = _tiles(layout.unpack().view(torch.int16), order, _WALK)
+    records[_positions(starts + head, walk, counts)] = dense.reshape(walk.shape)[walk]
+    return Fragments(records, offsets.to(torch.int32), int(units.max()) * UNIT if tiles else 0)
 
 
-def unpack(fragments: Fragments, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def places(layout: Bitmap, fragments: Fragments, order: Order) -> Tensor:
+    """int64 [nnz]: where in the records each of the layout's values lies, so that new values need no new packing."""
+    walk, counts = _walk(layout, order)
+    mask = layout.mask()
+    number = torch.zeros(layout.shape, dtype=torch.int64, device=mask.device)
+    number[mask] = torch.arange(layout.values.numel(), device=mask.device)
+    starts = fragments.offsets[:-1, None].long() * 8 + order.head + order.bits
+    out = number.new_empty(layout.values.numel())
+    out[_tiles(number, order, _WALK).reshape(walk.shape)[walk]] = _positions(starts, walk, counts)
+    return out
+
+
+def unpack(fragments: Fragments, order: Order, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The dense W[N, K] of these records: the inverse of `pack`."""
     (n, k), records = shape, fragments.records
-    rows, columns = -(-n // TILE_ROWS), -(-k // TILE_COLUMNS)
-    starts = fragments.offsets[:-1].long() * 8
-    bits = records[starts[:, None] + torch.arange(_BITS, device=records.device)].view(torch.uint8)
-    words = (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=records.device) & 1).bool()
-    split = words.view(rows, columns, 2, 8, 4, 4, 2, 2, 2)  # s g t i h r e
-    walk = split.permute(0, 1, 2, 5, 6, 3, 4, 7, 8).reshape(rows * columns, TILE_ROWS * TILE_COLUMNS)  # s i h g t r e
-    counts = walk.sum(1)
-    rank = torch.arange(int(counts.sum()), device=records.device)
-    rank = rank - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    rows, columns = -(-n // order.rows), -(-k // order.columns)
+    starts = fragments.offsets[:-1, None].long() * 8 + order.head
+    bits = records[starts + torch.arange(order.bits, device=records.device)].view(torch.uint8)
+    place = torch.arange(8, dtype=torch.uint8, device=records.device)
+    words = (bits[..., None] >> place & 1).bool().view(rows, columns, *order.lengths(_WORDS))
+    walk = words.permute(order.permutation(_WALK, _WORDS)).reshape(rows * columns, order.rows * order.columns)
     dense = records.new_zeros(walk.shape)
-    dense[walk] = records[torch.repeat_interleave(starts + _BITS, counts) + rank]
-    order = dense.view(rows, columns, 2, 4, 2, 8, 4, 2, 2)  # s i h g t r e
-    matrix = order.permute(0, 3, 7, 5, 1, 2, 4, 6, 8).reshape(rows * TILE_ROWS, columns * TILE_COLUMNS)
+    dense[walk] = records[_positions(starts + order.bits, walk, walk.sum(1))]
+    split = dense.view(rows, columns, *order.lengths(_WALK))
+    axes = order.permutation(order.row_axes + order.column_axes, _WALK)
+    middle = 2 + len(order.row_axes)
+    matrix = split.permute(0, *axes[2:middle], 1, *axes[middle:]).reshape(rows * order.rows, columns * order.columns)
     return matrix[:n, :k].contiguous().view(dtype)
 
 
-def _tiles(matrix: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[N, K] as [rows of tiles, columns of tiles, i, r, g, s, h, t, e], zeros at the ragged edges."""
-    (n, k) = shape
-    rows, columns = -(-n // TILE_ROWS), -(-k // TILE_COLUMNS)
-    whole = padded(matrix, rows * TILE_ROWS, columns * TILE_COLUMNS)
-    return whole.view(rows, *_SPLIT[:3], columns, *_SPLIT[3:]).permute(0, 4, 1, 2, 3, 5, 6, 7, 8)
+def _walk(layout: Bitmap, order: Order) -> tuple[Tensor, Tensor]:
+    """The mask of each tile in the order of its values, and how many there are."""
+    split = _tiles(layout.mask(), order, _WALK)
+    walk = split.reshape(split.shape[0] * split.shape[1], order.rows * order.columns)
+    return walk, walk.sum(1)
+
+
+def _positions(starts: Tensor, walk: Tensor, counts: Tensor) -> Tensor:
+    """Where the values of all tiles lie, in the order of `walk`: those of a tile follow each other from its start."""
+    rank = torch.arange(int(counts.sum()), device=walk.device)
+    return rank + torch.repeat_interleave(starts[:, 0] - (counts.cumsum(0) - counts), counts)
+
+
+def _tiles(matrix: Tensor, order: Order, axes: str) -> Tensor:
+    """[N, K] as [rows of tiles, columns of tiles, *axes], zeros at the ragged edges."""
+    (n, k) = matrix.shape
+    rows, columns = -(-n // order.rows), -(-k // order.columns)
+    whole = padded(matrix, rows * order.rows, columns * order.columns)
+    middle = 1 + len(order.row_axes)
+    split = whole.view(rows, *order.lengths(order.row_axes), columns, *order.lengths(order.column_axes))
+    return split.permute(0, middle, *range(1, middle), *range(middle + 1, split.dim())).permute(order.permutation(axes))

@@ -331,7 +331,7 @@ void meet_warp(const char* name, void* slot, Act act, void* context) {
 
 void meet_warpgroup(const char* name, void* slot, Act act, void* context) {
     Thread& t = *run->running;
-    if (run->threads % 128) fail(std::string(name) + ": the block's warps make no whole warpgroups");
+    if (t.index / 128 * 128 + 128 > run->threads) fail(std::string(name) + ": a warpgroup without all of its warps");
     meet(t.block->warpgroups[t.index / 128], 128, t.index % 128, name, slot, act, context);
 }
 
