@@ -81,7 +81,9 @@ def test_mma_sp_position_by_position(emulated: ModuleType, position: int) -> Non
         b, d = b_registers(x.to(torch.bfloat16)), torch.zeros(32, 4)
         a, meta = block[:512].clone(), block[4096:4224].clone()
         emulated.probe_mma_sp(1, 0, a.data_ptr(), b.data_ptr(), meta.data_ptr(), d.data_ptr())
-        assert torch.equal(d_matrix(d, 16)[5], dense[5, 8 * token_block : 8 * token_block + 8] * (position < 16))
+        want = dense[:16, 8 * token_block : 8 * token_block + 8]
+        wrong = (d_matrix(d, 16) != want).nonzero().tolist()
+        assert not wrong, f"weight [5, {2 * position}] differs at [row, column - {8 * token_block}] of {wrong}"
 
 
 def test_metadata_words_written_by_hand() -> None:
@@ -131,6 +133,89 @@ def test_product(emulated: ModuleType, dtype: torch.dtype, n: int) -> None:
     b = swizzled(x)
     emulated.probe_product(CUDA_DTYPES[dtype], n, a.data_ptr(), meta.data_ptr(), b.data_ptr(), d.data_ptr())
     assert torch.equal(d_matrix(d, 64).double(), dense @ x.double().t())
+
+
+@pytest.mark.parametrize("n", [64, 256])
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
+def test_product_of_shared_memory_alone(emulated: ModuleType, dtype: torch.dtype, n: int) -> None:
+    """The same with A's rows in shared memory, 64 bytes of values each in two steps of 32."""
+    layout, dense = sparse_operand(64, fragments.block_k(dtype), dtype)
+    meta = fragments.pack(layout)[0, 0, 4096:].clone()
+    meta = torch.cat((meta, meta)) if dtype in WIDE else meta
+    x = operand(n, fragments.block_k(dtype), dtype, 2)
+    d = torch.full((128, n // 2), 99, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+    rows = torch.nn.functional.pad(layout.values.contiguous().view(torch.uint8), (0, 64))
+    a, b = swizzled(rows), swizzled(x)
+    emulated.probe_product_shared(CUDA_DTYPES[dtype], n, a.data_ptr(), meta.data_ptr(), b.data_ptr(), d.data_ptr())
+    assert torch.equal(d_matrix(d, 64).double(), dense @ x.double().t())
+
+
+@pytest.mark.parametrize("n", [8, 16, 32, 64])
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_dense_product(emulated: ModuleType, dtype: torch.dtype, n: int) -> None:
+    """Dense A from registers, two groups towards accumulators of their own, waited for one by one."""
+    w, x = operand(64, 64, dtype, 1), operand(n, 64, dtype, 2)
+    # Row 16 w + 8 r + g, column 16 s + 8 h + 2 t + e is element e of register 2 h + r.
+    words = w.view(4, 2, 8, 4, 2, 4, 2).permute(3, 0, 2, 5, 4, 1, 6).contiguous()
+    d, b = torch.full((2, 128, n // 2), 99.0), swizzled(x)
+    emulated.probe_dense_product(CUDA_DTYPES[dtype], n, words.data_ptr(), b.data_ptr(), d.data_ptr())
+    for half in range(2):
+        columns = slice(32 * half, 32 * half + 32)
+        want = w[:, columns].double() @ x[:, columns].double().t()
+        assert torch.equal(d_matrix(d[half], 64).double(), want)
+
+
+@pytest.mark.parametrize("position", range(64))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_product_position_by_position(emulated_once: ModuleType, dtype: torch.dtype, position: int) -> None:
+    """A single one in A against an identity: the one place of Y that is not zero names the weight's place."""
+    k = fragments.block_k(dtype)
+    row, column = position * 37 % 64, position * 2 % k + position % 2
+    dense = torch.zeros(64, k)
+    dense[row, column] = 1
+    packed = pack24(dense)
+    layout = Sp24(values=packed.values.to(dtype), metadata=packed.metadata, shape=packed.shape, scale=None)
+    block = fragments.pack(layout)[0, 0]
+    a, meta = block[:4096].clone(), block[4096:].clone()
+    meta = torch.cat((meta, meta)) if dtype in WIDE else meta
+    x = torch.eye(k).to(dtype)
+    n = 64
+    for first in range(0, k, n):
+        d = torch.full((128, n // 2), 99, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+        b = swizzled(x[first : first + n])
+        emulated_once.probe_product(CUDA_DTYPES[dtype], n, a.data_ptr(), meta.data_ptr(), b.data_ptr(), d.data_ptr())
+        wrong = (d_matrix(d, 64) != dense[:, first : first + n]).nonzero().tolist()
+        assert not wrong, f"weight [{row}, {column}] differs at [row, column - {first}] of {wrong[:4]}"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
+def test_rate_probe(emulated_once: ModuleType, dtype: torch.dtype, shared: bool) -> None:
+    """What the bench times runs, and leaves the zeros of its operands."""
+    out = torch.full((1, 256, 128), 9, dtype=torch.int32)
+    emulated_once.probe_rate(CUDA_DTYPES[dtype], shared, 1, 2, out.data_ptr(), 0)
+    assert not out.any()
+
+
+def test_metadata_words_of_bytes_by_hand() -> None:
+    """The figure for mma.sp.m16n8k64: every lane holds 8 groups; lane 4 g + t has row g (t even) or g + 8 (t odd), the
+    first 32 columns where t < 2."""
+    dense = torch.zeros(64, 128)
+    dense[0, [0, 1]] = 1  # row 0, group 0: 0x4
+    dense[8, [0, 3]] = 1  # row 8, group 0: 0xC
+    dense[0, [33, 34]] = 1  # row 0, group 8: 0x9, in lane 2
+    dense[8, [61, 63]] = 1  # row 8, group 15: 0xD, highest of lane 3
+    dense[17, [64, 66]] = 1  # row 17, group 16 (second step): 0x8
+    packed = pack24(dense)
+    layout = Sp24(values=packed.values.to(torch.int8), metadata=packed.metadata, shape=packed.shape, scale=None)
+    words = fragments.pack(layout)[0, 0, 4096:].view(torch.int32).view(2, 4, 32) & 0xFFFFFFFF  # step, warp, lane
+    words = (words.long() & 0xFFFFFFFF).tolist()
+    assert words[0][0][0] == 0xEEEEEEE4
+    assert words[0][0][1] == 0xEEEEEEEC
+    assert words[0][0][2] == 0xEEEEEEE9
+    assert words[0][0][3] == 0xDEEEEEEE
+    assert words[1][1][4] == 0xEEEEEEE8
+    assert sum(word != 0xEEEEEEEE for step in words for warp in step for word in warp) == 5
 
 
 def test_matrices(emulated: ModuleType) -> None:

@@ -111,6 +111,30 @@ SK_PRODUCTS(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134", "%
 #undef SK_PRODUCTS
 #undef SK_PRODUCT
 
+template <Type T, int N, int kSelector>
+struct SparseProductShared;
+#define SK_PRODUCT(T, N, R, C, SHAPE, TYPES, TAIL, DESC_A, DESC_B, META, SEL, KEEP)                                \
+    template <int kSelector>                                                                                       \
+    struct SparseProductShared<T, N, kSelector> {                                                                  \
+        SK_DEVICE static void run(Accumulator<T> (&d)[R], uint64_t a, uint64_t b, uint32_t meta, int accumulate) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " KEEP                                                  \
+                         ", 0;\n"                                                                                  \
+                         "wgmma.mma_async.sp.sync.aligned." SHAPE "." TYPES " {" SK_REGISTERS##N                   \
+                         "}, " DESC_A ", " DESC_B ", " META ", " SEL ", p" TAIL ";\n}"                             \
+                         : SK_OUT##R(C, 0)                                                                         \
+                         : "l"(a), "l"(b), "r"(meta), "n"(kSelector), "r"(accumulate));                            \
+        }                                                                                                          \
+    }
+#define SK_PRODUCTS(N, R, ...)                                                                             \
+    SK_PRODUCT(Type::bf16, N, R, SK_FLOAT, "m64n" #N "k32", "f32.bf16.bf16", ", 1, 1, 0, 0", __VA_ARGS__); \
+    SK_PRODUCT(Type::f16, N, R, SK_FLOAT, "m64n" #N "k32", "f32.f16.f16", ", 1, 1, 0, 0", __VA_ARGS__);    \
+    SK_PRODUCT(Type::e4m3, N, R, SK_FLOAT, "m64n" #N "k64", "f32.e4m3.e4m3", ", 1, 1", __VA_ARGS__);       \
+    SK_PRODUCT(Type::i8, N, R, SK_INT, "m64n" #N "k64", "s32.s8.s8", "", __VA_ARGS__)
+SK_PRODUCTS(64, 32, "%32", "%33", "%34", "%35", "%36");
+SK_PRODUCTS(256, 128, "%128", "%129", "%130", "%131", "%132");
+#undef SK_PRODUCTS
+#undef SK_PRODUCT
+
 template <Type T, int N>
 struct DenseProduct;
 #define SK_PRODUCT(T, N, R, TYPES, A0, A1, A2, A3, DESC, KEEP)                                                 \
@@ -142,22 +166,44 @@ template <Type T>
 struct Product {
     Accumulator<T>* d;
     const uint32_t *a, *meta;
-    uint64_t b;
+    uint64_t shared_a, b;
     int accumulate;
 };
 
-// Adds the product of the warpgroup's threads to the open group. dense(warp's first product) is its A operand [16, k].
+// Element (row, column) of a K-major operand in shared memory, of rows of 128 bytes with the 128-byte swizzle.
+template <Type T>
+class SharedOperand {
+public:
+    explicit SharedOperand(uint64_t descriptor) : start_((descriptor & 0x3FFF) << 4) {
+        if (descriptor >> 62 != 1 || (descriptor >> 32 & 0x3FFF) != 64) {
+            emu::fail("wgmma: an operand is not in the 128-byte swizzle's atoms");
+        }
+        base_ = emu::shared_pointer(emu::map_to_rank(start_, emu::cluster_rank())) - start_;
+    }
+    uint32_t bits(int row, int column) const {
+        const uint32_t linear = start_ + row / 8 * 1024 + row % 8 * 128 + column * bytes_of(T);
+        uint32_t out = 0;
+        memcpy(&out, base_ + (linear ^ (linear >> 7 & 7) << 4), bytes_of(T));
+        return out;
+    }
+
+private:
+    uint32_t start_;
+    const char* base_;
+};
+
+// Adds the product of the warpgroup's threads to the open group. dense(warp's first product, warp) is its A operand
+// [16, k].
 template <Type T, int N, class Dense>
 void multiply_later(void** slots, int k, Dense dense) {
     std::vector<Product<T>> all(128);
     for (int i = 0; i < 128; ++i) all[i] = *static_cast<Product<T>*>(slots[i]);
-    const uint64_t b = all[0].b;
     for (const Product<T>& one : all) {
-        if (one.b != b || one.accumulate != all[0].accumulate) emu::fail("wgmma: threads disagree about B");
+        if (one.b != all[0].b || one.shared_a != all[0].shared_a || one.accumulate != all[0].accumulate) {
+            emu::fail("wgmma: threads disagree about the operands");
+        }
     }
-    if (b >> 62 != 1 || (b >> 32 & 0x3FFF) != 64) emu::fail("wgmma: B is not in the 128-byte swizzle's atoms");
-    const uint32_t start = (b & 0x3FFF) << 4;
-    const char* base = emu::shared_pointer(emu::map_to_rank(start, emu::cluster_rank())) - start;
+    const SharedOperand<T> b(all[0].b);
     // Until the wait nobody may look at D: whoever does finds poison. The first product in flight puts it there, and
     // takes it away again when it is performed.
     constexpr int kRegisters = N / 2;
@@ -177,14 +223,7 @@ void multiply_later(void** slots, int k, Dense dense) {
                 for (int lane = 0; lane < 32; ++lane) std::fill_n(warp[lane].d, kRegisters, Accumulator<T>{});
             }
             multiply<T>(
-                dense(warp), k, N,
-                [&](int k, int n) {
-                    const uint32_t linear = start + n / 8 * 1024 + n % 8 * 128 + k * bytes_of(T);
-                    const char* at = base + (linear ^ (linear >> 7 & 7) << 4);
-                    uint32_t bits = 0;
-                    memcpy(&bits, at, bytes_of(T));
-                    return element<T>(bits);
-                },
+                dense(warp, w), k, N, [&](int k, int n) { return element<T>(b.bits(n, k)); },
                 [&](int r, int c) -> Accumulator<T>& {
                     return warp[r % 8 * 4 + c % 8 / 2].d[4 * (c / 8) + 2 * (r / 8) + c % 2];
                 });
@@ -202,9 +241,9 @@ SK_DEVICE void product_sp(Accumulator<T> (&d)[N / 2], const uint32_t (&a)[4], ui
 #if SK_GPU
     SparseProduct<T, N, kSelector>::run(d, a, b, meta, accumulate);
 #else
-    twin::Product<T> slot{d, a, &meta, b, accumulate};
+    twin::Product<T> slot{d, a, &meta, 0, b, accumulate};
     emu::meet_warpgroup("wgmma.mma_async.sp", &slot, [](void** slots, void*) {
-        twin::multiply_later<T, N>(slots, twin::kSparseK<T>, [](const twin::Product<T>* warp) {
+        twin::multiply_later<T, N>(slots, twin::kSparseK<T>, [](const twin::Product<T>* warp, int) {
             return twin::expand_a<T>([&](int lane, int i) { return warp[lane].a[i]; },
                                      [&](int lane) { return *warp[lane].meta; }, kSelector);
         });
@@ -212,16 +251,43 @@ SK_DEVICE void product_sp(Accumulator<T> (&d)[N / 2], const uint32_t (&a)[4], ui
 #endif
 }
 
-// The same with a dense A of 16-bit floats.
+// The same with A [64, 32 / bytes] in shared memory, as B is. No kernel takes it from there: it is what the road
+// through registers is measured against.
+template <Type T, int N, int kSelector>
+SK_DEVICE void product_sp_shared(Accumulator<T> (&d)[N / 2], uint64_t a, uint64_t b, const uint32_t& meta,
+                                 int accumulate) {
+#if SK_GPU
+    SparseProductShared<T, N, kSelector>::run(d, a, b, meta, accumulate);
+#else
+    twin::Product<T> slot{d, nullptr, &meta, a, b, accumulate};
+    emu::meet_warpgroup("wgmma.mma_async.sp", &slot, [](void** slots, void*) {
+        const twin::SharedOperand<T> a(static_cast<twin::Product<T>*>(slots[0])->shared_a);
+        twin::multiply_later<T, N>(slots, twin::kSparseK<T>, [a](const twin::Product<T>* warp, int w) {
+            constexpr int kPer = 4 / bytes_of(T);
+            const auto word = [&](int lane, int i) {  // as the registers would have it
+                uint32_t out = 0;
+                for (int e = 0; e < kPer; ++e) {
+                    const int row = 16 * w + 8 * (i % 2) + lane / 4, column = (4 * (i / 2) + lane % 4) * kPer + e;
+                    out |= a.bits(row, column) << (8 * bytes_of(T) * e);
+                }
+                return out;
+            };
+            return twin::expand_a<T>(word, [&](int lane) { return *warp[lane].meta; }, kSelector);
+        });
+    });
+#endif
+}
+
+// A dense A of 16-bit floats from registers.
 template <Type T, int N>
 SK_DEVICE void product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     static_assert(is_wide(T));
 #if SK_GPU
     DenseProduct<T, N>::run(d, a, b, accumulate);
 #else
-    twin::Product<T> slot{d, a, nullptr, b, accumulate};
+    twin::Product<T> slot{d, a, nullptr, 0, b, accumulate};
     emu::meet_warpgroup("wgmma.mma_async", &slot, [](void** slots, void*) {
-        twin::multiply_later<T, N>(slots, 16, [](const twin::Product<T>* warp) {
+        twin::multiply_later<T, N>(slots, 16, [](const twin::Product<T>* warp, int) {
             return twin::dense_a<T>([&](int lane, int i) { return warp[lane].a[i]; });
         });
     });

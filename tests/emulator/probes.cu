@@ -68,6 +68,86 @@ probe_product(const uint32_t* a, const uint32_t* meta, const uint32_t* b, void* 
     for (int j = 0; j < N / 2; ++j) static_cast<Accumulator<T>*>(d)[i * (N / 2) + j] = rd[j];
 }
 
+// The same sparse products with A [64] rows of 128 bytes, swizzled, in shared memory behind B.
+template <Type T, int N>
+SK_KERNEL(128, 1)
+probe_product_shared(const uint32_t* a, const uint32_t* meta, const uint32_t* b, void* d) {
+    char* memory = shared_memory();
+    const uint32_t i = thread_index();
+    for (int j = i; j < N * 32; j += 128) reinterpret_cast<uint32_t*>(memory)[j] = b[j];
+    for (int j = i; j < 64 * 32; j += 128) reinterpret_cast<uint32_t*>(memory + N * 128)[j] = a[j];
+    fence_shared_writes();
+    sync_block();
+    Accumulator<T> rd[N / 2];
+    const uint32_t words[2] = {meta[i], meta[128 + i]};
+    const uint64_t at_b = product_descriptor(shared_address(memory));
+    const uint64_t at_a = product_descriptor(shared_address(memory + N * 128));
+    fence_products();
+    product_sp_shared<T, N, 0>(rd, at_a, at_b, words[0], 0);
+    product_sp_shared<T, N, is_wide(T) ? 1 : 0>(rd, at_a + 2, at_b + 4, words[1], 1);
+    commit_products();
+    wait_products<0>();
+    for (int j = 0; j < N / 2; ++j) static_cast<Accumulator<T>*>(d)[i * (N / 2) + j] = rd[j];
+}
+
+// Dense: a [4][128][4], four steps of 32 bytes. The second half is a group of its own, towards other accumulators.
+template <Type T, int N>
+SK_KERNEL(128, 1)
+probe_dense_product(const uint32_t* a, const uint32_t* b, float* d) {
+    char* memory = shared_memory();
+    const uint32_t i = thread_index();
+    for (int j = i; j < N * 32; j += 128) reinterpret_cast<uint32_t*>(memory)[j] = b[j];
+    fence_shared_writes();
+    sync_block();
+    uint32_t ra[4][4];
+    float low[N / 2], high[N / 2];
+    for (int j = 0; j < 16; ++j) ra[j / 4][j % 4] = a[512 * (j / 4) + 4 * i + j % 4];
+    const uint64_t at = product_descriptor(shared_address(memory));
+    fence_products();
+    product<T, N>(low, ra[0], at, 0);
+    product<T, N>(low, ra[1], at + 2, 1);
+    commit_products();
+    product<T, N>(high, ra[2], at + 4, 0);
+    product<T, N>(high, ra[3], at + 6, 1);
+    commit_products();
+    wait_products<1>();
+    for (int j = 0; j < N / 2; ++j) d[i * (N / 2) + j] = low[j];
+    wait_products<0>();
+    for (int j = 0; j < N / 2; ++j) d[128 * (N / 2) + i * (N / 2) + j] = high[j];
+}
+
+// `rounds` rounds of eight sparse products of 64 x 256 x 64 bytes from the same operands (zeros), by two warpgroups a
+// block, A from registers or from shared memory: how fast they are is for a clock outside.
+template <Type T, bool kShared>
+SK_KERNEL(256, 1)
+probe_rate(int rounds, void* out) {
+    char* memory = shared_memory();
+    const uint32_t i = thread_index();
+    for (int j = i; j < (256 + 64) * 32; j += 256) reinterpret_cast<uint32_t*>(memory)[j] = 0;
+    fence_shared_writes();
+    sync_block();
+    Accumulator<T> d[128] = {};
+    const uint32_t a[4] = {}, meta = 0x44444444;
+    const uint64_t at_b = product_descriptor(shared_address(memory));
+    const uint64_t at_a = product_descriptor(shared_address(memory + 256 * 128));
+    SK_NO_UNROLL
+    for (int round = 0; round < rounds; ++round) {
+        fence_products();
+        SK_UNROLL
+        for (int j = 0; j < 8; ++j) {
+            if constexpr (kShared) {
+                product_sp_shared<T, 256, 0>(d, at_a + 2 * (j % 4), at_b + 4 * (j % 2), meta, 1);
+            } else {
+                product_sp<T, 256, 0>(d, a, at_b + 4 * (j % 2), meta, 1);
+            }
+        }
+        commit_products();
+        wait_products<1>();
+    }
+    wait_products<0>();
+    for (int j = 0; j < 128; ++j) static_cast<Accumulator<T>*>(out)[(block_x() * 256 + i) * 128 + j] = d[j];
+}
+
 // in [32][4] -> matrices stored transposed at the lanes' rows -> loaded by ldmatrix -> out [32][4]; also movmatrix of
 // in.
 SK_KERNEL(32, 1) probe_matrices(const uint32_t* in, uint32_t* stored, uint32_t* loaded, uint32_t* moved) {
@@ -105,6 +185,94 @@ probe_copy(const char* in, uint32_t* out) {
     wait_copies<0>();
     sync_warp();
     for (int j = i; j < 8 * kBytes; j += 32) out[j] = reinterpret_cast<const uint32_t*>(memory)[j];
+}
+
+// 32 words from each of the two roads past the first-level cache; permutations, dot products, loads of shared memory.
+SK_KERNEL(32, 1) probe_words(const uint32_t* in, uint32_t* out) {
+    char* memory = shared_memory();
+    const uint32_t i = lane(), value = load_stream_word(in + i), other = in[31 - i];
+    const Vec4 v = load_stream(in + 4 * (i % 8));
+    reinterpret_cast<uint32_t*>(memory)[i] = value;
+    sync_warp();
+    out[i] = value;
+    out[32 + i] = v.x ^ v.y ^ v.z ^ v.w;
+    out[64 + i] = permute_bytes(value, other, 0x7250);
+    out[96 + i] = permute_bytes(value, other, (in[i] & 0x7777) | 0xABCD0000);
+    out[128 + i] = dot_bytes(value, other, 1000);
+    out[160 + i] = dot_halves<false>(value, other, 1000);
+    out[192 + i] = dot_halves<true>(value, other, 1000);
+    out[224 + i] = load_shared_word(shared_address(memory) + 4 * (31 - i));
+    out[256 + i] =
+        load_shared_half<2>(shared_address(memory) + 4 * i) << 16 | load_shared_half<0>(shared_address(memory) + 4 * i);
+}
+
+// Two groups of copies, waited for one by one.
+SK_KERNEL(32, 1) probe_groups(const uint32_t* in, uint32_t* out) {
+    char* memory = shared_memory();
+    const uint32_t i = lane();
+    for (int group = 0; group < 2; ++group) {
+        copy_async<4>(shared_address(memory + 128 * group + 4 * i), in + 32 * group + i, true);
+        commit_copies();
+    }
+    wait_copies<1>();
+    out[i] = *reinterpret_cast<uint32_t*>(memory + 4 * i);
+    wait_copies<0>();
+    out[32 + i] = *reinterpret_cast<uint32_t*>(memory + 128 + 4 * i);
+}
+
+// Two warps each meet at a barrier of their own: a word of the other warp's, written before it.
+SK_KERNEL(128, 1) probe_named(const uint32_t* in, uint32_t* out) {
+    auto* memory = reinterpret_cast<uint32_t*>(shared_memory());
+    const uint32_t i = thread_index(), half = i / 64;
+    for (int round = 0; round < 3; ++round) {
+        memory[i] = in[i] + round;
+        sync_named(1 + half, 64);
+        out[128 * round + i] = memory[i ^ 32];
+        sync_named(1 + half, 64);
+    }
+}
+
+// A ring of two stages: warp 1 of each block of a cluster fills its own, by a bulk copy and a box of 8 rows; a stage is
+// empty when warp 0 of both blocks has said so. Every round goes to out[block][round].
+constexpr int kRingBytes = 1024 + 64;
+SK_KERNEL(64, 1) probe_ring(SK_PARAM TensorMap map, const char* in, int rounds, uint32_t* out) {
+    char* memory = shared_memory();
+    const uint32_t full = shared_address(memory + 4096), empty = full + 16, rank = cluster_rank();
+    if (thread_index() == 0) {
+        for (int s = 0; s < 2; ++s) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, 2);
+        }
+        fence_barrier_init();
+    }
+    sync_cluster();
+    RingPlace<2> place;
+    for (int round = 0; round < rounds; ++round, place.next()) {
+        char* stage = memory + 2048 * place.stage;
+        if (thread_index() == 32) {
+            barrier_wait(empty + 8 * place.stage, place.phase ^ 1);
+            barrier_expect(full + 8 * place.stage, kRingBytes);
+            load_box(shared_address(stage), &map, 0, 8 * (2 * round + rank), full + 8 * place.stage, 2);
+            load_bytes(shared_address(stage + 1024), in + 64 * (2 * round + rank), 64, full + 8 * place.stage);
+        }
+        if (warp_index() == 0) {
+            barrier_wait(full + 8 * place.stage, place.phase);
+            for (int j = lane(); j < kRingBytes / 4; j += 32) {
+                out[(rank * rounds + round) * (kRingBytes / 4) + j] = reinterpret_cast<const uint32_t*>(stage)[j];
+            }
+            sync_warp();
+            if (lane() < 2) barrier_arrive_at(empty + 8 * place.stage, lane());
+        }
+    }
+    sync_cluster();
+}
+
+// Each block announces itself; the smallest of all numbers, each kept once a block.
+SK_KERNEL(32, 1) probe_counts(const uint64_t* in, uint32_t* counter, uint32_t* order, uint64_t* smallest) {
+    if (lane() == 0) {
+        order[block_x()] = announce(counter);
+        keep_smallest(smallest, in[block_x()]);
+    }
 }
 
 // A cluster of two: each block loads its half of a box of 16 rows to both. out [2][16 * 32] words as they lie in
@@ -245,6 +413,49 @@ void bind_probes(py::module_& m) {
             launch("product", kernel, {1, 1, 128, static_cast<size_t>(n) * 128}, 0, at<const uint32_t>(a),
                    at<const uint32_t>(meta), at<const uint32_t>(b), at<void>(d));
         });
+    });
+    m.def("probe_product_shared", [](int type, int n, uint64_t a, uint64_t meta, uint64_t b, uint64_t d) {
+        with_type(type, [&]<Type T>() {
+            auto* kernel = n == 64 ? probe_product_shared<T, 64> : probe_product_shared<T, 256>;
+            launch("product", kernel, {1, 1, 128, (static_cast<size_t>(n) + 64) * 128}, 0, at<const uint32_t>(a),
+                   at<const uint32_t>(meta), at<const uint32_t>(b), at<void>(d));
+        });
+    });
+    m.def("probe_dense_product", [](int type, int n, uint64_t a, uint64_t b, uint64_t d) {
+        const auto run = [&]<Type T>() {
+            auto* kernel = n == 8    ? probe_dense_product<T, 8>
+                           : n == 16 ? probe_dense_product<T, 16>
+                           : n == 32 ? probe_dense_product<T, 32>
+                                     : probe_dense_product<T, 64>;
+            launch("product", kernel, {1, 1, 128, static_cast<size_t>(n) * 128}, 0, at<const uint32_t>(a),
+                   at<const uint32_t>(b), at<float>(d));
+        };
+        if (static_cast<Type>(type) == Type::bf16) return run.template operator()<Type::bf16>();
+        run.template operator()<Type::f16>();
+    });
+    m.def("probe_rate", [](int type, bool shared, int blocks, int rounds, uint64_t out, uint64_t stream) {
+        with_type(type, [&]<Type T>() {
+            auto* kernel = shared ? probe_rate<T, true> : probe_rate<T, false>;
+            launch("rate", kernel, {static_cast<unsigned>(blocks), 1, 256, (256 + 64) * 128}, stream, rounds,
+                   at<void>(out));
+        });
+    });
+    m.def("probe_words", [](uint64_t in, uint64_t out) {
+        launch("words", probe_words, {1, 1, 32, 128}, 0, at<const uint32_t>(in), at<uint32_t>(out));
+    });
+    m.def("probe_groups", [](uint64_t in, uint64_t out) {
+        launch("groups", probe_groups, {1, 1, 32, 256}, 0, at<const uint32_t>(in), at<uint32_t>(out));
+    });
+    m.def("probe_named", [](uint64_t in, uint64_t out) {
+        launch("named", probe_named, {1, 1, 128, 512}, 0, at<const uint32_t>(in), at<uint32_t>(out));
+    });
+    m.def("probe_ring", [](uint64_t matrix, uint64_t bytes, int rounds, uint64_t out) {
+        const TensorMap map = tensor_map(at<void>(matrix), Type::bf16, 64, 16 * rounds, 64, 8);
+        launch("ring", probe_ring, {2, 2, 64, 4096 + 32}, 0, map, at<const char>(bytes), rounds, at<uint32_t>(out));
+    });
+    m.def("probe_counts", [](int blocks, uint64_t in, uint64_t counter, uint64_t order, uint64_t smallest) {
+        launch("counts", probe_counts, {static_cast<unsigned>(blocks), 1, 32, 0}, 0, at<const uint64_t>(in),
+               at<uint32_t>(counter), at<uint32_t>(order), at<uint64_t>(smallest));
     });
     m.def("probe_matrices", [](uint64_t in, uint64_t stored, uint64_t loaded, uint64_t moved) {
         launch("matrices", probe_matrices, {1, 1, 32, 512}, 0, at<const uint32_t>(in), at<uint32_t>(stored),
