@@ -322,7 +322,8 @@ only_emulated = pytest.mark.skipif(SCHEDULES == ["hardware"], reason="the hardwa
 @pytest.mark.parametrize(
     ("which", "message"),
     [
-        (0, "deadlock: 128 threads wait at an mbarrier"),
+        (0, r"deadlock: block \(0, 0\) threads 0-127 wait at an mbarrier"),
+        (6, r"deadlock: block \((0|1), 0\) threads 0, 3, 6, .* wait at an mbarrier; block .* threads 1-2, 4-5, .*"),
         (1, "threads of one group diverge"),
         (2, "more arrivals at an mbarrier than it expects"),
         (4, "beyond the end of shared memory"),

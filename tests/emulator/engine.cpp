@@ -11,6 +11,7 @@
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 namespace emu {
@@ -99,10 +100,12 @@ void* new_stack() {
 
 bool chance(double p) { return std::uniform_real_distribution<>(0, 1)(run->random) < p; }
 
-std::string place(const Thread& t) {
+std::string block_name(const Thread& t) {
     const Dim& b = t.block->index;
-    return "block (" + std::to_string(b.x) + ", " + std::to_string(b.y) + "), thread " + std::to_string(t.index);
+    return "block (" + std::to_string(b.x) + ", " + std::to_string(b.y) + ")";
 }
+
+std::string place(const Thread& t) { return block_name(t) + ", thread " + std::to_string(t.index); }
 
 void entry() {
     (*run->kernel)();
@@ -178,16 +181,25 @@ void perform_one_later() {
     work();
 }
 
+// Each thread's place: by block and what they wait at, as ranges of threads.
 std::string deadlock() {
-    std::map<std::string, std::pair<unsigned, std::string>> places;
+    std::map<std::tuple<unsigned, unsigned, std::string>, std::vector<const Thread*>> places;
     for (const Thread& t : run->fibers) {
-        if (t.done) continue;
-        auto& [count, first] = places[t.waits ? t.waits : "start"];
-        if (!count++) first = place(t);
+        const Dim& b = t.block->index;
+        if (!t.done) places[{b.y, b.x, t.waits ? t.waits : "start"}].push_back(&t);
     }
-    std::string text = "deadlock:";
-    for (auto& [what, at] : places) {
-        text += " " + std::to_string(at.first) + " threads wait at " + what + " (the first: " + at.second + ");";
+    std::string text = "deadlock";
+    for (const auto& [at, threads] : places) {
+        text += text == "deadlock" ? ": " : "; ";
+        text += block_name(*threads.front()) + " threads";
+        for (size_t i = 0; i < threads.size();) {
+            size_t last = i;
+            while (last + 1 < threads.size() && threads[last + 1]->index == threads[last]->index + 1) ++last;
+            text += (i ? ", " : " ") + std::to_string(threads[i]->index);
+            if (last > i) text += "-" + std::to_string(threads[last]->index);
+            i = last + 1;
+        }
+        text += " wait at " + std::get<2>(at);
     }
     return text;
 }

@@ -334,13 +334,18 @@ SK_KERNEL(32, 1) probe_divide(Divisor divisor, const uint32_t* in, uint32_t* out
 }
 
 // What the emulator must refuse. 0: waits for an arrival that never comes; 1: a diverged warp; 2: one arrival too many;
-// 3: reads what no wait has brought; 4: writes beyond shared memory; 5: reads an accumulator before the wait.
+// 3: reads what no wait has brought; 4: writes beyond shared memory; 5: reads an accumulator before the wait; 6: its
+// threads wait at different barriers.
 SK_KERNEL(128, 1) probe_mistake(int which, uint32_t* out) {
     char* memory = shared_memory();
     const uint32_t barrier = shared_address(memory), i = thread_index();
     if (i == 0) barrier_init(barrier, 1);
     sync_block();
     if (which == 0) barrier_wait(barrier, 0);
+    if (which == 6) {
+        if (i % 3 == 0) barrier_wait(barrier, 0);
+        sync_block();
+    }
     if (which == 1 && i < 32) {
         if (i < 16) {
             sync_warp();
@@ -493,7 +498,7 @@ void bind_probes(py::module_& m) {
         launch("divide", probe_divide, {1, 1, 32, 0}, 0, Divisor::by(by), at<const uint32_t>(in), at<uint32_t>(out));
     });
     m.def("probe_mistake", [](int which, uint64_t out) {
-        launch("mistake", probe_mistake, {1, 1, 128, 1024}, 0, which, at<uint32_t>(out));
+        launch("mistake", probe_mistake, {which == 6 ? 2u : 1u, 1, 128, 1024}, 0, which, at<uint32_t>(out));
     });
 }
 
