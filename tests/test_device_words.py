@@ -12,11 +12,13 @@ from sparsekern.testing import random_dense
 def test_words(emulated: ModuleType) -> None:
     """Loads past the cache and of shared memory, byte permutations, dot products of bytes and halves."""
     value = random_dense(32, seed=3).view(torch.int32)
-    other, out = value.flip(0), torch.zeros(9, 32, dtype=torch.int32)
+    other, out = value.flip(0), torch.zeros(10, 32, dtype=torch.int32)
     emulated.probe_words(value.data_ptr(), out.data_ptr())
     assert torch.equal(out[0], value)
     quads = value.view(8, 4)
-    assert torch.equal(out[1], (quads[:, 0] ^ quads[:, 1] ^ quads[:, 2] ^ quads[:, 3]).repeat(4))
+    twos = (value[::2] - value[1::2]).repeat(2)
+    assert torch.equal(out[1], (quads[:, 0] ^ quads[:, 1] ^ quads[:, 2] ^ quads[:, 3]).repeat(4) ^ twos)
+    assert torch.equal(out[9], twos)
     a, b = (t.contiguous().view(torch.uint8).view(32, 4).long() for t in (value, other))
     eight = torch.cat((a, b), 1)
     assert torch.equal(out[2].view(torch.uint8).view(32, 4).long(), eight[:, [0, 5, 2, 7]])

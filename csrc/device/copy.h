@@ -33,6 +33,15 @@ SK_DEVICE uint32_t load_stream_word(const void* p) {
 #endif
 }
 
+SK_DEVICE void load_stream_words(uint32_t (&v)[2], const void* p) {
+#if SK_GPU
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(p));
+#else
+    if (reinterpret_cast<uintptr_t>(p) % 8) emu::fail("a misaligned 8-byte load");
+    memcpy(v, p, 8);
+#endif
+}
+
 // What another block of this launch has written and announced: past the first-level cache.
 template <class T>
 SK_DEVICE T load_announced(const T* p) {
@@ -43,7 +52,8 @@ SK_DEVICE T load_announced(const T* p) {
 #endif
 }
 
-// A word at a shared address, and the 16 bits at one and a constant beyond it. Not moved across waits and barriers.
+// A word or two at a shared address, and the 16 bits at one and a constant beyond it. Not moved across waits and
+// barriers.
 SK_DEVICE uint32_t load_shared_word(uint32_t shared) {
 #if SK_GPU
     uint32_t v;
@@ -54,6 +64,15 @@ SK_DEVICE uint32_t load_shared_word(uint32_t shared) {
     uint32_t v;
     memcpy(&v, emu::shared_pointer(shared), 4);
     return v;
+#endif
+}
+
+SK_DEVICE void load_shared_words(uint32_t (&v)[2], uint32_t shared) {
+#if SK_GPU
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(shared));
+#else
+    if (shared % 8) emu::fail("a misaligned 8-byte load");
+    memcpy(v, emu::shared_pointer(shared), 8);
 #endif
 }
 

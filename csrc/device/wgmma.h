@@ -50,6 +50,13 @@ SK_DEVICE uint64_t product_descriptor(uint32_t shared) {
     return kSwizzle128 | kStride << 32 | uint64_t{1} << 16 | (shared & 0x3FFFF) >> 4;
 }
 
+// The descriptor of an operand whose rows in shared memory are its K: boxes of 64 columns (128 bytes), `box_bytes` apart,
+// with the same swizzle. Eight rows are an atom of 1024 bytes.
+SK_DEVICE uint64_t product_descriptor_columns(uint32_t shared, uint32_t box_bytes) {
+    constexpr uint64_t kStride = 1024 >> 4, kSwizzle128 = uint64_t{1} << 62;
+    return kSwizzle128 | kStride << 32 | uint64_t{box_bytes >> 4} << 16 | (shared & 0x3FFFF) >> 4;
+}
+
 #if SK_GPU
 #define SK_OUT4(C, i) C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3])
 #define SK_OUT16(C, i) SK_OUT4(C, i), SK_OUT4(C, i + 4), SK_OUT4(C, i + 8), SK_OUT4(C, i + 12)
@@ -155,8 +162,21 @@ SK_PRODUCTS(8, 4, "%4", "%5", "%6", "%7", "%8", "%9");
 SK_PRODUCTS(16, 8, "%8", "%9", "%10", "%11", "%12", "%13");
 SK_PRODUCTS(32, 16, "%16", "%17", "%18", "%19", "%20", "%21");
 SK_PRODUCTS(64, 32, "%32", "%33", "%34", "%35", "%36", "%37");
+SK_PRODUCTS(128, 64, "%64", "%65", "%66", "%67", "%68", "%69");
 #undef SK_PRODUCTS
 #undef SK_PRODUCT
+
+template <Type T>
+SK_DEVICE void run_product_columns(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+#define SK_PRODUCT(TYPES)                                                                                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." TYPES    \
+                 " {" SK_REGISTERS256 "}, %128, %129, p, 1, 1, 1, 1;\n}"                                            \
+                 : SK_OUT128(SK_FLOAT, 0)                                                                           \
+                 : "l"(a), "l"(b), "r"(accumulate))
+    if constexpr (T == Type::bf16) SK_PRODUCT("bf16.bf16");
+    if constexpr (T == Type::f16) SK_PRODUCT("f16.f16");
+#undef SK_PRODUCT
+}
 #endif
 
 #if !SK_GPU
@@ -180,8 +200,9 @@ public:
         }
         base_ = emu::shared_pointer(emu::map_to_rank(start_, emu::cluster_rank())) - start_;
     }
-    uint32_t bits(int row, int column) const {
-        const uint32_t linear = start_ + row / 8 * 1024 + row % 8 * 128 + column * bytes_of(T);
+    uint32_t bits(int row, int column) const { return bits_at(row * 128 + column * bytes_of(T)); }
+    uint32_t bits_at(uint32_t offset) const {
+        const uint32_t linear = start_ + offset;
         uint32_t out = 0;
         memcpy(&out, base_ + (linear ^ (linear >> 7 & 7) << 4), bytes_of(T));
         return out;
@@ -192,9 +213,24 @@ private:
     const char* base_;
 };
 
+// The same where rows are K (product_descriptor_columns); `row` still counts the other side.
+template <Type T>
+class SharedColumns {
+public:
+    explicit SharedColumns(uint64_t descriptor) : whole_(descriptor), box_((descriptor >> 16 & 0x3FFF) << 4) {}
+    uint32_t bits(int row, int column) const {
+        // Where that is among rows of 128 bytes: row 8 i + j of K, element `row` % 64.
+        return whole_.bits_at(row / 64 * box_ + column * 128 + row % 64 * bytes_of(T));
+    }
+
+private:
+    SharedOperand<T> whole_;
+    uint32_t box_;
+};
+
 // Adds the product of the warpgroup's threads to the open group. dense(warp's first product, warp) is its A operand
 // [16, k].
-template <Type T, int N, class Dense>
+template <Type T, int N, class B = SharedOperand<T>, class Dense>
 void multiply_later(void** slots, int k, Dense dense) {
     std::vector<Product<T>> all(128);
     for (int i = 0; i < 128; ++i) all[i] = *static_cast<Product<T>*>(slots[i]);
@@ -203,7 +239,7 @@ void multiply_later(void** slots, int k, Dense dense) {
             emu::fail("wgmma: threads disagree about the operands");
         }
     }
-    const SharedOperand<T> b(all[0].b);
+    const B b(all[0].b);
     // Until the wait nobody may look at D: whoever does finds poison. The first product in flight puts it there, and
     // takes it away again when it is performed.
     constexpr int kRegisters = N / 2;
@@ -289,6 +325,26 @@ SK_DEVICE void product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, in
     emu::meet_warpgroup("wgmma.mma_async", &slot, [](void** slots, void*) {
         twin::multiply_later<T, N>(slots, 16, [](const twin::Product<T>* warp, int) {
             return twin::dense_a<T>([&](int lane, int i) { return warp[lane].a[i]; });
+        });
+    });
+#endif
+}
+
+// D[64, 256] += A[64, 16] B, dense 16-bit floats, both from shared memory with K as their rows
+// (product_descriptor_columns); A's descriptor is that of one box.
+template <Type T>
+SK_DEVICE void product_columns(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+    static_assert(is_wide(T));
+#if SK_GPU
+    run_product_columns<T>(d, a, b, accumulate);
+#else
+    twin::Product<T> slot{d, nullptr, nullptr, a, b, accumulate};
+    emu::meet_warpgroup("wgmma.mma_async", &slot, [](void** slots, void*) {
+        const twin::SharedColumns<T> a(static_cast<twin::Product<T>*>(slots[0])->shared_a);
+        twin::multiply_later<T, 256, twin::SharedColumns<T>>(slots, 16, [a](const twin::Product<T>*, int w) {
+            std::vector<float> dense(16 * 16);
+            for (int i = 0; i < 256; ++i) dense[i] = twin::element<T>(a.bits(16 * w + i / 16, i % 16));
+            return dense;
         });
     });
 #endif

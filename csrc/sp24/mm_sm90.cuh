@@ -35,6 +35,7 @@ struct MmSm90 {
     static constexpr int kPartTokens = 64, kPerRow = kTokens_ / kPartTokens, kParts = kM_ * kPerRow;
     static constexpr int kM = kM_, kTokens = kTokens_, kStages = kStages_, kCluster = kCluster_;
     static constexpr int kWarpgroups = 2, kThreads = 128 * (1 + kWarpgroups);
+    static constexpr bool kImages = device::is_wide(T);  // X may be the windows of images
     // Sets of fragments: 8-bit blocks have two words of metadata, and two blocks of them ahead do not fit.
     static constexpr int kAhead = kM * kTokens >= 256 && !device::is_wide(T) ? 1 : 2, kSets = kAhead + 1;
     static constexpr int kRows = kWarpgroups * kM * kBlockRows;
@@ -74,14 +75,17 @@ SK_DEVICE void mm_produce(const device::TensorMap* x_map, const Mm& p, const MmS
     Piece piece;
     while (pieces.take(p, piece)) {
         const int token = tile_at(piece.tile, row_tiles, token_tiles).tokens * C::kTokens + rank * kShare;
-        [[maybe_unused]] const Window window = p.images.kernel_w ? window_at(p.images, token) : Window{};
+        [[maybe_unused]] Window window{};
+        if constexpr (C::kImages) {
+            if (p.images.kernel_w) window = window_at(p.images, token);
+        }
         for (int kb = piece.begin; kb < piece.end; ++kb, place.next()) {
             barrier_wait(shared.empty + 8 * place.stage, place.phase ^ 1);
             const uint32_t full = shared.full + 8 * place.stage;
             barrier_expect(full, C::kStageBytes);
             const uint32_t to = shared.stages + place.stage * C::kStageBytes + rank * kShare * 128;
             const int column = kb * block_k(C::T);
-            if constexpr (is_wide(C::T)) {
+            if constexpr (C::kImages) {
                 if (p.images.kernel_w) {  // the block lies inside one tap
                     const Tap tap = tap_at(p, column);
                     const PixelBox box{tap.channel,
@@ -146,6 +150,60 @@ SK_DEVICE void mm_store(const Mm& p, const device::Accumulator<C::T> (&acc)[C::k
     }
 }
 
+// A block's threads in their roles: produce(shared, pieces) by one thread, consume(shared, pieces) by two warpgroups.
+template <class C, class P, class Produce, class Consume>
+SK_DEVICE void ring_roles(const P& p, int tiles, Produce produce, Consume consume) {
+    using namespace device;
+    const MmSm90Shared<C> shared(shared_memory());
+    if (thread_index() == 0) {
+        for (int s = 0; s < C::kStages; ++s) {
+            barrier_init(shared.full + 8 * s, 1);
+            barrier_init(shared.empty + 8 * s, C::kCluster * C::kWarpgroups * 4);  // every consumer warp of the cluster
+        }
+        fence_barrier_init();
+    }
+    if constexpr (C::kCluster > 1) {
+        sync_cluster();
+    } else {
+        sync_block();
+    }
+    const Pieces<C::kCluster> pieces(p, tiles);
+    if (thread_index() < 128) {
+        keep_registers<40>();
+        if (thread_index() == 0) produce(shared, pieces);
+    } else {
+        take_registers<232>();
+        consume(shared, pieces);
+    }
+    if constexpr (C::kCluster > 1) sync_cluster();  // no block ends while another may still reach into it
+}
+
+// The roles of a product: tokens' slices are produced, consume(shared, pieces, row_tiles, token_tiles).
+template <class C, class Consume>
+SK_DEVICE void mm_roles(const device::TensorMap* x_map, const Mm& p, Consume consume) {
+    const int row_tiles = (p.row_blocks * kBlockRows + C::kCluster * C::kRows - 1) / (C::kCluster * C::kRows);
+    const int token_tiles = (p.m + C::kTokens - 1) / C::kTokens;
+    ring_roles<C>(
+        p, row_tiles * token_tiles,
+        [&](const auto& shared, const auto& pieces) {
+            mm_produce<C>(x_map, p, shared, pieces, row_tiles, token_tiles);
+        },
+        [&](const auto& shared, const auto& pieces) { consume(shared, pieces, row_tiles, token_tiles); });
+}
+
+// A consumer warp is done with a stage of the ring, which all blocks of the cluster fill.
+template <class C>
+SK_DEVICE void mm_release(const MmSm90Shared<C>& shared, uint32_t stage) {
+    using namespace device;
+    if (lane() < C::kCluster) {
+        if constexpr (C::kCluster > 1) {
+            barrier_arrive_at(shared.empty + 8 * stage, lane());
+        } else {
+            barrier_arrive(shared.empty + 8 * stage);
+        }
+    }
+}
+
 template <class C>
 using MmSums = device::Accumulator<C::T>[C::kM][C::kTokens / 2];
 template <class C>
@@ -193,15 +251,7 @@ SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces<C::
     MmSums<C> acc;
     BlockFragments<T> w[C::kSets][C::kM];
 
-    const auto release = [&](uint32_t stage) {
-        if (lane() < C::kCluster) {
-            if constexpr (C::kCluster > 1) {
-                barrier_arrive_at(shared.empty + 8 * stage, lane());
-            } else {
-                barrier_arrive(shared.empty + 8 * stage);
-            }
-        }
-    };
+    const auto release = [&](uint32_t stage) { mm_release<C>(shared, stage); };
 
     Piece piece;
     while (pieces.take(p, piece)) {
@@ -277,31 +327,9 @@ SK_DEVICE void mm_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces<C::
 template <class C>
 SK_KERNEL(C::kThreads, 1)
 sp24_mm_sm90(SK_PARAM device::TensorMap x_map, SK_PARAM Mm p) {
-    using namespace device;
-    const MmSm90Shared<C> shared(shared_memory());
-    if (thread_index() == 0) {
-        for (int s = 0; s < C::kStages; ++s) {
-            barrier_init(shared.full + 8 * s, 1);
-            barrier_init(shared.empty + 8 * s, C::kCluster * C::kWarpgroups * 4);  // every consumer warp of the cluster
-        }
-        fence_barrier_init();
-    }
-    if constexpr (C::kCluster > 1) {
-        sync_cluster();
-    } else {
-        sync_block();
-    }
-    const int row_tiles = (p.row_blocks * kBlockRows + C::kCluster * C::kRows - 1) / (C::kCluster * C::kRows);
-    const int token_tiles = (p.m + C::kTokens - 1) / C::kTokens;
-    const Pieces<C::kCluster> pieces(p, row_tiles * token_tiles);
-    if (thread_index() < 128) {
-        keep_registers<40>();
-        if (thread_index() == 0) mm_produce<C>(&x_map, p, shared, pieces, row_tiles, token_tiles);
-    } else {
-        take_registers<232>();
+    mm_roles<C>(&x_map, p, [&](const auto& shared, const auto& pieces, int row_tiles, int token_tiles) {
         mm_consume<C>(p, shared, pieces, row_tiles, token_tiles);
-    }
-    if constexpr (C::kCluster > 1) sync_cluster();  // no block ends while another may still reach into it
+    });
 }
 
 }  // namespace sk::sp24

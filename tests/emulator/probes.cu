@@ -196,6 +196,9 @@ SK_KERNEL(32, 1) probe_words(const uint32_t* in, uint32_t* out) {
     sync_warp();
     out[i] = value;
     out[32 + i] = v.x ^ v.y ^ v.z ^ v.w;
+    uint32_t two[2];
+    load_stream_words(two, in + 2 * (i % 16));
+    out[32 + i] ^= two[0] - two[1];
     out[64 + i] = permute_bytes(value, other, 0x7250);
     out[96 + i] = permute_bytes(value, other, (in[i] & 0x7777) | 0xABCD0000);
     out[128 + i] = dot_bytes(value, other, 1000);
@@ -204,6 +207,8 @@ SK_KERNEL(32, 1) probe_words(const uint32_t* in, uint32_t* out) {
     out[224 + i] = load_shared_word(shared_address(memory) + 4 * (31 - i));
     out[256 + i] =
         load_shared_half<2>(shared_address(memory) + 4 * i) << 16 | load_shared_half<0>(shared_address(memory) + 4 * i);
+    load_shared_words(two, shared_address(memory) + 8 * (i % 16));
+    out[288 + i] = two[0] - two[1];
 }
 
 // Two groups of copies, waited for one by one.
