@@ -122,13 +122,33 @@ def why_not_cuda(device: torch.device | None = None) -> str | None:
 
 @cache
 def _why_not_arch(device: torch.device, archs: str) -> str | None:
-    """Code for 8.x runs on later 8.y, other code on its own architecture, PTX of the last one on anything newer."""
-    here, built = capability(device), [int(arch.rstrip("a")) for arch in archs.split(",")]
+    here = capability(device)
     if here < 80:
         return f"the GPU kernels need compute capability 8.0, {device} has {here / 10}"
-    if here >= built[-1] or any(arch // 10 == here // 10 and arch <= here for arch in built):
-        return None
-    return f"the GPU kernels were built for {archs}, {device} has compute capability {here / 10}"
+    if code_for(here, archs) is None:
+        return f"the GPU kernels were built for {archs}, {device} has compute capability {here / 10}"
+    return None
+
+
+def code_for(card: int, archs: str) -> int | None:
+    """The architecture (90: Hopper) that a card of this compute capability runs code of, None where there is none.
+
+    archs: those of a build, "80,90a". Code for 8.x runs on later 8.y, other code on its own architecture, PTX of the
+    last one on anything newer.
+    """
+    built = [int(arch.rstrip("a")) for arch in archs.split(",")]
+    own = [arch for arch in built if arch // 10 == card // 10 and arch <= card]
+    return max(own) if own else built[-1] if built[-1] <= card else None
+
+
+@cache
+def code_on(device: torch.device) -> int:
+    """The architecture whose code runs on this device, on which `why_not_cuda` is None; emulated: all of Hopper's."""
+    if _emulator is not None:
+        return 90
+    code = code_for(capability(device), cuda().archs)
+    assert code is not None
+    return code
 
 
 # The stream's number without a Stream around it, as torch's own compiled code asks for it: 0.1 instead of 2 us.
@@ -138,6 +158,11 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda i: torch.cud
 def on_card(x: torch.Tensor) -> AbstractContextManager[object]:
     """Launches go to the GPU of x, whichever is current; nothing where x is on another device."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+
+
+def capturing(x: torch.Tensor) -> bool:
+    """Whether work on x goes into a CUDA graph instead of being done."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def stream_of(x: torch.Tensor) -> int:
