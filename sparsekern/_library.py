@@ -136,7 +136,7 @@ def _mm_fake(values, index, scale, dims, x, bias, activation, backend, *given):
 MM = _define(
     "mm",
     "Tensor x, Tensor? bias, str activation, str? backend, Tensor? x_scale=None, Tensor? residual=None, "
-    "ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor",
+    "ScalarType? out_dtype=None, bool use_fast_accum=False, float beta=1.0) -> Tensor",
     _mm,
     _mm_fake,
 )
