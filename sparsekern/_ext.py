@@ -108,25 +108,23 @@ def cuda() -> ModuleType:
 
 def why_not_cuda(device: torch.device | None = None) -> str | None:
     """Why the compiled GPU kernels cannot run on this device (None: on any), or None where they can."""
-    if _emulator is not None:
-        return None
+    return None if _emulator is not None else _why_not_on(device)
+
+
+@cache
+def _why_not_on(device: torch.device | None) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if device is not None and device.type != "cuda":
         return f"the GPU kernels take CUDA tensors, not {device.type} tensors"
     module, reason = _load_fitting("_cuda", "GPU", "nvcc")
-    if module is None:
+    if module is None or device is None:
         return reason
-    return None if device is None else _why_not_arch(device, module.archs)
-
-
-@cache
-def _why_not_arch(device: torch.device, archs: str) -> str | None:
     here = capability(device)
     if here < 80:
         return f"the GPU kernels need compute capability 8.0, {device} has {here / 10}"
-    if code_for(here, archs) is None:
-        return f"the GPU kernels were built for {archs}, {device} has compute capability {here / 10}"
+    if code_for(here, module.archs) is None:
+        return f"the GPU kernels were built for {module.archs}, {device} has compute capability {here / 10}"
     return None
 
 
