@@ -24,6 +24,7 @@ ones, which are the tensor's contents in another form (an index that is derived 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -97,7 +98,7 @@ def keep(tensor: Tensor, key: Hashable, made: Any) -> None:
 
 def overwrite(old: Tensor, new: Tensor) -> None:
     """Gives a kept tensor new contents, as `again` does, in whichever mode of torch's it was made."""
-    with torch.inference_mode(old.is_inference()):
+    with torch.inference_mode(old.is_inference()), torch.no_grad():
         old.copy_(new)
 
 
@@ -117,6 +118,12 @@ def _captured(
 ) -> Any:
     """A plan whose making, or renewal in place, becomes a part of the CUDA graph that is being captured."""
     found = known.get(place)
+    if live and tensor.requires_grad and torch.is_inference_mode_enabled():
+        warnings.warn(
+            "sparsekern: a CUDA graph packs a weight that requires a gradient anew in every replay, because it may "
+            "change between them; where it does not, call requires_grad_(False) before the capture",
+            stacklevel=2,
+        )
     if live and (tensor.requires_grad or found is not None):
         if found is None:
             found = known[place] = _Kept(None, None)

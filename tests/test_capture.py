@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -138,6 +139,18 @@ def test_a_first_call_in_a_graph_leaves_no_memory_behind(graph: Graph) -> None:
     assert kept.tolist() == [2, 2, 2], "before any replay"
     assert of.plan() is kept
     assert of.made == 3, "a constant weight's version is still believed"
+
+
+def test_a_graph_for_inference_that_repacks_is_told_of(graph: Graph) -> None:
+    of = Doubled(graph, grad=True)
+    of.call()
+    with graph, torch.inference_mode(), pytest.warns(UserWarning, match=r"call requires_grad_\(False\)"):
+        of.plan()
+    constant = Doubled(graph, grad=False)
+    constant.call()
+    with graph, torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        constant.plan()
 
 
 @pytest.mark.parametrize("renews", [False, True])
