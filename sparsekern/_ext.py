@@ -108,27 +108,45 @@ def cuda() -> ModuleType:
 
 def why_not_cuda(device: torch.device | None = None) -> str | None:
     """Why the compiled GPU kernels cannot run on this device (None: on any), or None where they can."""
-    if _emulator is not None:
-        return None
+    return None if _emulator is not None else _why_not_on(device)
+
+
+@cache
+def _why_not_on(device: torch.device | None) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if device is not None and device.type != "cuda":
         return f"the GPU kernels take CUDA tensors, not {device.type} tensors"
     module, reason = _load_fitting("_cuda", "GPU", "nvcc")
-    if module is None:
+    if module is None or device is None:
         return reason
-    return None if device is None else _why_not_arch(device, module.archs)
+    here = capability(device)
+    if here < 80:
+        return f"the GPU kernels need compute capability 8.0, {device} has {here / 10}"
+    if code_for(here, module.archs) is None:
+        return f"the GPU kernels were built for {module.archs}, {device} has compute capability {here / 10}"
+    return None
+
+
+def code_for(card: int, archs: str) -> int | None:
+    """The architecture (90: Hopper) that a card of this compute capability runs code of, None where there is none.
+
+    archs: those of a build, "80,90a". Code for 8.x runs on later 8.y, other code on its own architecture, PTX of the
+    last one on anything newer.
+    """
+    built = [int(arch.rstrip("a")) for arch in archs.split(",")]
+    own = [arch for arch in built if arch // 10 == card // 10 and arch <= card]
+    return max(own) if own else built[-1] if built[-1] <= card else None
 
 
 @cache
-def _why_not_arch(device: torch.device, archs: str) -> str | None:
-    """Code for 8.x runs on later 8.y, other code on its own architecture, PTX of the last one on anything newer."""
-    here, built = capability(device), [int(arch.rstrip("a")) for arch in archs.split(",")]
-    if here < 80:
-        return f"the GPU kernels need compute capability 8.0, {device} has {here / 10}"
-    if here >= built[-1] or any(arch // 10 == here // 10 and arch <= here for arch in built):
-        return None
-    return f"the GPU kernels were built for {archs}, {device} has compute capability {here / 10}"
+def code_on(device: torch.device) -> int:
+    """The architecture whose code runs on this device, on which `why_not_cuda` is None; emulated: all of Hopper's."""
+    if _emulator is not None:
+        return 90
+    code = code_for(capability(device), cuda().archs)
+    assert code is not None
+    return code
 
 
 # The stream's number without a Stream around it, as torch's own compiled code asks for it: 0.1 instead of 2 us.
@@ -138,6 +156,11 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda i: torch.cud
 def on_card(x: torch.Tensor) -> AbstractContextManager[object]:
     """Launches go to the GPU of x, whichever is current; nothing where x is on another device."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+
+
+def capturing(x: torch.Tensor) -> bool:
+    """Whether work on x goes into a CUDA graph instead of being done."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def stream_of(x: torch.Tensor) -> int:

@@ -34,6 +34,8 @@ def _raw(*names: str) -> int:
     return keys.raw_repr()
 
 
+# Without asking first whether CUDA is initialised, which a tensor on it proves.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 try:
     # What a thread's dispatch keys are while no mode, transform, tracer or functionalization is active, and those of
@@ -71,7 +73,7 @@ def unwatched(values: Tensor, x: Tensor, other: Tensor | None = None) -> bool:
         and type(values) in _TYPES
         and _PLAIN.get(_keys_of(values).raw_repr()) == device
         and (other is None or (type(other) in _TYPES and _PLAIN.get(_keys_of(other).raw_repr()) == device))
-        and (device == "cpu" or x.get_device() == values.get_device() == torch.cuda.current_device())
+        and (device == "cpu" or x.get_device() == values.get_device() == _current_device())
         and (device == "cpu" or other is None or x.get_device() == other.get_device())
     )
 
@@ -136,7 +138,7 @@ def _mm_fake(values, index, scale, dims, x, bias, activation, backend, *given):
 MM = _define(
     "mm",
     "Tensor x, Tensor? bias, str activation, str? backend, Tensor? x_scale=None, Tensor? residual=None, "
-    "ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor",
+    "ScalarType? out_dtype=None, bool use_fast_accum=False, float beta=1.0) -> Tensor",
     _mm,
     _mm_fake,
 )

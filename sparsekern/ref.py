@@ -34,7 +34,9 @@ def _weight(layout: Layout) -> Tensor:
     return dense if layout.scale is None else dense * layout.scale[:, None]
 
 
-ENDINGS = frozenset(("x_scale", "residual", "out_dtype"))  # what mm takes beside bias and activation (_ending.py)
+ENDINGS = frozenset(
+    ("x_scale", "residual", "beta", "out_dtype")
+)  # what mm takes beside bias and activation (_ending.py)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
@@ -50,9 +52,10 @@ def mm(
     *,
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    beta: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Y = act(x_scale * X W^T + bias) + residual: x [M, K] -> [M, N] in out_dtype."""
+    """Y = act(x_scale * X W^T + bias) + beta * residual: x [M, K] -> [M, N] in out_dtype."""
     y = _wide(x) @ _weight(layout).t()
     if x_scale is not None:
         y = y * x_scale[:, None]
@@ -60,7 +63,7 @@ def mm(
         y = y + _wide(bias)
     y = ACTIVATIONS[activation](y)
     if residual is not None:
-        y = y + _wide(residual)
+        y = y.add(_wide(residual), alpha=beta)
     return y.to(out_dtype or result_dtype(x))
 
 

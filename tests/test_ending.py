@@ -27,12 +27,18 @@ WAYS = (SCALED, PLUS, WIDE, (True, True, torch.float32), (True, True, torch.bflo
 
 
 def reference(
-    dense: Tensor, x: Tensor, bias: Tensor | None, activation: str, x_scale: Tensor | None, residual: Tensor | None
+    dense: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    x_scale: Tensor | None,
+    residual: Tensor | None,
+    beta: float = 1.0,
 ) -> Tensor:
     y = x.double() @ dense.double().t()
     y = y if x_scale is None else y * x_scale.double()[:, None]
     y = ACTIVATIONS[activation](y if bias is None else y + bias.double())
-    return y if residual is None else y + residual.double()
+    return y if residual is None else y + beta * residual.double()
 
 
 def quantised(case: Case, dtype: torch.dtype) -> Layout:
@@ -82,6 +88,39 @@ def test_quantised(backend: Backend, case: Case, dtype: torch.dtype) -> None:
             assert_close(y, reference(layout.to_dense(), x, None, "gelu", scale, residual), out or torch.float32)
 
 
+@param((*FOUR, Case("bsr", (16, 16))))
+@param((torch.float32, torch.bfloat16), "dtype")
+@pytest.mark.interpreted
+def test_a_residual_and_its_factor(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    dense = case.dense(N, K, dtype)
+    layout, x = case.pack(dense), tokens(9, dtype)
+    if not backend.runs("mm", layout, x):
+        return
+    for beta, x_scale, out in (
+        (0.5, None, None),
+        (-2.0, random_dense(9, seed=4).abs(), torch.float32),
+        (0.0, None, None),
+    ):
+        residual = random_dense(9, N, dtype=out or dtype, seed=5)
+        y = MM[case.format](*layout.parts, x, None, "relu", backend.name, x_scale, residual, out, False, beta)
+        want = reference(dense, x, None, "relu", x_scale, residual, beta)
+        assert_close(y, want, tol=2 * TOLERANCE[y.dtype])
+
+
+def test_a_factor_and_gradients() -> None:
+    """The public call, with gradients and without: the same numbers, and beta in the residual's gradient."""
+    layout = Case("csr").pack(Case("csr").dense(N, K))
+    x, residual = random_dense(4, K), random_dense(4, N, seed=5).requires_grad_()
+    y = sk.linear(x, layout, residual=residual, beta=-1.5)
+    assert_close(y, reference(layout.to_dense(), x, None, "none", None, residual, -1.5), torch.float32)
+    y.sum().backward()
+    assert torch.equal(residual.grad, torch.full_like(residual, -1.5))
+    with torch.no_grad():
+        assert_close(sk.linear(x, layout, residual=residual, beta=-1.5), y, torch.float32)
+    with pytest.raises(ValueError, match="there is none; got beta=2"):
+        sk.linear(x, layout, beta=2.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, FP8, torch.bfloat16], ids=str)
 def test_one_kernel_on_a_gpu(emulated_once: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """sp24 on CUDA does it all at once, from the public call; one op, and nothing of torch's after it."""
@@ -99,6 +138,9 @@ def test_one_kernel_on_a_gpu(emulated_once: ModuleType, monkeypatch: pytest.Monk
         y = sk.linear(x, layout, None, "relu", "cuda", **words)
         assert_close(y, reference(layout.to_dense(), x, None, "relu", scale, residual), tol=2 * TOLERANCE[y.dtype])
         assert set(calls.pop()) == {name for name, word in words.items() if word is not None}
+    y = sk.linear(x, layout, None, "relu", "cuda", residual=residual, beta=0.5, out_dtype=out)
+    assert_close(y, reference(layout.to_dense(), x, None, "relu", None, residual, 0.5), tol=2 * TOLERANCE[y.dtype])
+    assert set(calls.pop()) == {"residual", "beta", "out_dtype"}
 
 
 def test_shapes_of_scales_and_residuals() -> None:

@@ -13,7 +13,9 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from sparsekern import testing
+from sparsekern._ext import FP8
 from sparsekern.sp24 import interchange, pack, vendor
+from sparsekern.sp24.layout import Sp24
 from sparsekern.sp24.pack import prune_mask
 
 TYPES = (torch.bfloat16, torch.float16, torch.int8)
@@ -145,6 +147,98 @@ def test_places() -> None:
     assert torch.equal(with_padding[: n * k // 4].sort().values, torch.arange(n * k // 4))
 
 
+class Unknown:
+    """A cuSPARSELt that puts the nibbles in an order of its own, as torch gives it away: values, then metadata."""
+
+    def __init__(self, n: int, k: int) -> None:
+        self.shape = (n, k)
+        self.order = torch.randperm(n * k // 8, generator=testing.generator(5))
+        self.products = 0
+
+    def compress(self, dense: Tensor) -> Tensor:
+        layout = pack(dense)
+        tail = layout.metadata.reshape(-1)[self.order].view(dense.dtype)
+        return torch.cat((layout.values.reshape(-1), tail)).reshape(dense.shape[0], -1)
+
+    def mm(self, weight: Tensor, tokens: Tensor, out_dtype: Any, transpose_result: bool, alg_id: int) -> Tensor:
+        assert weight.dtype == tokens.dtype
+        assert transpose_result
+        assert tokens.t().is_contiguous(), "8-bit types are multiplied in this order alone"
+        self.products += 1
+        (n, k), blob = self.shape, weight.reshape(-1)
+        bytes_of = torch.empty(n * k // 8, dtype=torch.uint8)
+        bytes_of[self.order] = blob[n * k // 2 :].view(torch.uint8)
+        layout = Sp24(values=blob[: n * k // 2].reshape(n, -1), metadata=bytes_of.reshape(n, -1), shape=self.shape)
+        return (tokens.t().double() @ layout.unpack().double().t()).to(out_dtype or tokens.dtype)
+
+
+@pytest.fixture(params=[(8, 9), (9, 0)], ids=["sm_89", "sm_90"])
+def unknown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Unknown:
+    made = Unknown(64, 96)
+    monkeypatch.setattr(torch, "_cslt_compress", made.compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", made.mm)
+    monkeypatch.setattr(vendor, "why_not_here", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 801)
+    return made
+
+
+def finite(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """2:4, with the largest and smallest values of the type, negative zeros and groups without any nonzero."""
+    w = two_of_four(n, k, torch.float32)
+    if dtype.is_floating_point:
+        info = torch.finfo(dtype)
+        small = info.smallest_normal if dtype == torch.bfloat16 else info.smallest_normal * info.eps
+        special = torch.tensor([info.max, info.min, small, -small])
+        w[3] = w[3].where(w[3] == 0, special[torch.arange(k) % 4])
+    w[5] = 0
+    w[6] = w[6].where(w[6] != 0, -0.0)
+    return w.to(dtype)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+BLOB_TYPES = (*TYPES, FP8)
+
+
+@pytest.mark.parametrize("dtype", BLOB_TYPES, ids=str)
+def test_an_order_that_nobody_knows(unknown: Unknown, dtype: torch.dtype) -> None:
+    """The library's blob and back, bit for bit; float16 on Hopper, which it should not multiply, by our own order."""
+    w = finite(*unknown.shape, dtype)
+    scale = testing.random_scale(w.shape[0]) if dtype.itemsize == 1 else None
+    layout = pack(w, scale=scale)
+    blob = interchange.to_cusparselt(layout)
+    assert blob.numel() * 16 == w.numel() * (10 if dtype.itemsize == 1 else 9)
+    back = interchange.from_cusparselt(blob, unknown.shape, scale).check()
+    assert torch.equal(back.metadata, layout.metadata)
+    assert equal(back.values, layout.values)
+    hopper = torch.cuda.get_device_capability(None) == (9, 0)
+    assert unknown.products == (0 if hopper and dtype == torch.float16 else 1)
+
+
+def test_blobs_that_are_refused(unknown: Unknown, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = finite(*unknown.shape, torch.bfloat16)
+    for bad in (torch.nan, torch.inf):
+        other = w.clone()
+        other[7] = other[7].where(other[7] == 0, bad)
+        with pytest.raises(ValueError, match="not finite"):
+            interchange.from_cusparselt(unknown.compress(other), unknown.shape)
+    with pytest.raises(ValueError, match=r"of shape \(64, 96\), 3456 elements; got 10"):
+        interchange.from_cusparselt(torch.zeros(10, dtype=torch.bfloat16), unknown.shape)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        interchange.from_cusparselt(torch.zeros(480, dtype=torch.int8), (16, 48))
+    with pytest.raises(NotImplementedError, match=r"no torch.float32"):
+        interchange.to_cusparselt(pack(two_of_four(32, 64, torch.float32)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(NotImplementedError, match=r"needs compute capability 9\.0"):
+        interchange.to_cusparselt(pack(finite(64, 96, FP8), scale=torch.ones(64)))
+    monkeypatch.setattr(vendor, "why_not_here", lambda device: "there is none")
+    with pytest.raises(NotImplementedError, match="there is none"):
+        interchange.from_cusparselt(unknown.compress(w), unknown.shape)
+
+
 def cusparselt_here() -> str | None:
     return vendor.why_not_here(torch.device("cuda")) if torch.cuda.is_available() else "torch sees no CUDA device"
 
@@ -163,6 +257,21 @@ def test_the_library_makes_the_same_blob(dtype: torch.dtype, shape: tuple[int, i
     ours = interchange.to_cusparselt_sm90(pack(w)) if card == (9, 0) else interchange.to_cusparselt_sm80(pack(w))
     theirs = torch._cslt_compress(w.cuda()).reshape(-1).cpu()
     assert torch.equal(theirs[: ours.numel()].view(torch.int16), ours.view(torch.int16))
+
+
+@on_a_card
+@pytest.mark.parametrize("dtype", BLOB_TYPES, ids=str)
+def test_the_library_s_blob_and_back(dtype: torch.dtype) -> None:
+    """On whatever card: what the library compressed it also writes out."""
+    reason = vendor.why_not_type(dtype, torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    w = finite(128, 256, dtype).cuda()
+    scale = testing.random_scale(128).cuda() if dtype.itemsize == 1 else None
+    layout = pack(w, scale=scale)
+    back = interchange.from_cusparselt(interchange.to_cusparselt(layout), (128, 256), scale)
+    assert torch.equal(back.metadata, layout.metadata)
+    assert equal(back.values, layout.values)
 
 
 @on_a_card

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sparsekern as sk
 from sparsekern import dispatch, testing
+from sparsekern._ext import FP8
 from sparsekern.sp24 import pack, vendor
 from sparsekern.testing import assert_close, random_dense, reference_mm
 
@@ -50,11 +51,12 @@ class Library:
     def mm(
         self, weight: Tensor, tokens: Tensor, bias: Tensor | None, out_dtype: Any, transpose_result: bool, alg_id: int
     ) -> Tensor:
+        known = torch.bfloat16 if out_dtype == torch.float32 else out_dtype  # torch 2.6 forgot one in its meta function
         meta = torch._cslt_sparse_mm(
             weight.to("meta"),
             tokens.to("meta"),
             bias=None if bias is None else bias.to("meta"),
-            out_dtype=out_dtype,
+            out_dtype=known,
             transpose_result=transpose_result,
             alg_id=alg_id,
         )
@@ -64,7 +66,7 @@ class Library:
         y = (tokens.t().double() @ weight.double().t()).to(out_dtype or tokens.dtype)
         y = y if bias is None else (tokens.t().double() @ weight.double().t() + bias.double()).to(y.dtype)
         assert y.shape == meta.shape
-        assert y.dtype == meta.dtype
+        assert known != out_dtype or y.dtype == meta.dtype
         return y
 
 
@@ -104,9 +106,49 @@ def test_mm(library: Library, dtype: torch.dtype, activation: str) -> None:
     assert (library.compressions, library.searches, library.algorithms[-1]) == (2, 3, 3)
 
 
-def test_int8(library: Library) -> None:
-    dense, scale = testing.random_weight("sp24", 64, 96, torch.int8), testing.random_scale(64)
-    layout, x = pack(dense, scale=scale), random_dense(5, 96, dtype=torch.int8, seed=1)
+@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=str)
+def test_quantised(library: Library, dtype: torch.dtype) -> None:
+    dense, scale = testing.random_weight("sp24", 64, 96, dtype), testing.random_scale(64)
+    layout, x = pack(dense, scale=scale), random_dense(5, 96, dtype=dtype, seed=1)
     bias = random_dense(64)
     y = vendor.mm(layout, x, bias, "relu")
+    assert y.dtype == torch.float32
     assert_close(y, reference_mm(dense.double() * scale.double()[:, None], x, bias, "relu"), torch.float32)
+
+
+def test_types_that_a_card_should_not_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 on Hopper from 0.8 on, reported to take the process's CUDA context with it; float8 too early."""
+    device = torch.device("cuda")
+    for card, version, dtype, reason in (
+        ((9, 0), 801, torch.float16, r"cuSPARSELt 0.8.1 may end in an illegal instruction with float16"),
+        ((9, 0), 1000, torch.float16, "cuSPARSELt 1.0.0 may"),
+        ((9, 0), None, torch.float16, "this cuSPARSELt may"),
+        ((9, 0), 701, torch.float16, None),
+        ((9, 0), 602, torch.float16, None),
+        ((8, 0), 801, torch.float16, None),
+        ((9, 0), 801, torch.bfloat16, None),
+        ((9, 0), 801, torch.int8, None),
+        ((9, 0), 602, FP8, None),
+        ((8, 9), 801, FP8, None),
+        ((8, 9), 701, FP8, "cuSPARSELt 0.7.1"),
+        ((8, 0), 801, FP8, "needs compute capability 9.0"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, card=card: card)
+        monkeypatch.setattr(torch.backends.cusparselt, "version", lambda version=version: version)
+        got = vendor.why_not_type(dtype, device)
+        assert (got is None) if reason is None else (reason in str(got)), (card, version, dtype)
+    monkeypatch.setattr(vendor, "why_not_here", lambda device: None)
+    monkeypatch.setattr(vendor, "why_not_type", lambda dtype, device: "it would not end well")
+    layout = pack(testing.random_weight("sp24", 32, 32, torch.float16))
+    assert vendor.why_not("mm", layout, random_dense(4, 32, dtype=torch.float16)) == "it would not end well"
+
+
+def test_a_compressed_weight_is_renewed_in_place(library: Library) -> None:
+    """So that a CUDA graph which was captured with it reads the new values."""
+    layout = pack(testing.random_weight("sp24", 32, 32, torch.bfloat16))
+    before = vendor.compressed(layout)
+    with torch.no_grad():
+        layout.values.mul_(2)
+    after = vendor.compressed(layout)
+    assert after is before
+    assert torch.equal(after, layout.unpack())

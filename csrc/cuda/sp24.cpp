@@ -24,6 +24,7 @@ void bind_sp24_cuda(py::module_& m) {
         }
         return all;
     });
+    m.def("sp24_resident", &resident);
     m.def("sp24_mm", [](int kernel, int type, uint64_t fragments, int n, int k, uint64_t x, int m, int64_t x_stride,
                         uint64_t y, int64_t y_stride, int out_type, uint64_t w_scale, uint64_t x_scale, uint64_t bias,
                         int bias_type, int activation, float alpha, uint64_t residual, int64_t residual_stride,

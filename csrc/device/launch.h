@@ -23,42 +23,80 @@ struct Shape {
 
 #if SK_GPU
 inline void must(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    std::string why = cudaGetErrorString(status);
+    if (status == cudaErrorInsufficientDriver || status == cudaErrorStubLibrary) {
+        int found = 0;  // stays 0 where there is no driver at all, which the runtime calls insufficient, too
+        cudaDriverGetVersion(&found);
+        const auto name = [](int version) {
+            return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+        };
+        why = "this needs an NVIDIA driver for CUDA " + name(CUDART_VERSION) + ", and " +
+              (found ? "the one here is for CUDA " + name(found) : "there is none here");
+    }
+    throw std::runtime_error(std::string(what) + ": " + why);
 }
+
+// What a launch of this shape asks of the runtime.
+struct Launch {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute{};
+
+    Launch(const char* name, const void* kernel, const Shape& shape, uint64_t stream) {
+        allow_shared(name, kernel, shape.shared_bytes);
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {shape.cluster, 1, 1};
+        config.gridDim = {shape.grid, 1, 1};
+        config.blockDim = {shape.threads, 1, 1};
+        config.dynamicSmemBytes = shape.shared_bytes;
+        config.stream = reinterpret_cast<cudaStream_t>(stream);
+        config.attrs = &attribute;
+        config.numAttrs = shape.cluster > 1 ? 1 : 0;
+    }
+    Launch(const Launch&) = delete;  // config points into it
+
+    // More than the usual 48 KB of shared memory, which a kernel is allowed once on each device.
+    static void allow_shared(const char* name, const void* kernel, size_t bytes) {
+        int device = 0;
+        must(cudaGetDevice(&device), name);
+        static std::mutex mutex;
+        static std::map<std::pair<const void*, int>, size_t> allowed;
+        const std::lock_guard lock(mutex);
+        size_t& most = allowed[{kernel, device}];
+        if (most >= bytes) return;
+        must(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+        most = bytes;
+    }
+};
 
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, uint64_t stream,
             const std::type_identity_t<Parameters>&... arguments) {
-    int device = 0;
-    must(cudaGetDevice(&device), name);
-    static std::mutex mutex;
-    static std::map<std::pair<const void*, int>, size_t> ready;  // how much shared memory was asked for
-    const std::pair<const void*, int> key{reinterpret_cast<const void*>(kernel), device};
-    if (const std::lock_guard lock(mutex); ready[key] < shape.shared_bytes) {
-        must(cudaFuncSetAttribute(key.first, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shape.shared_bytes)),
-             name);
-        ready[key] = shape.shared_bytes;
-    }
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {shape.cluster, 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = {shape.grid, 1, 1};
-    config.blockDim = {shape.threads, 1, 1};
-    config.dynamicSmemBytes = shape.shared_bytes;
-    config.stream = reinterpret_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = shape.cluster > 1 ? 1 : 0;
-    must(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+    const Launch asked(name, reinterpret_cast<const void*>(kernel), shape, stream);
+    must(cudaLaunchKernelEx(&asked.config, kernel, arguments...), name);
+}
+
+// How many clusters of this kernel are on the current device at once: a cluster's blocks lie in one GPC, and a GPC of
+// 18 multiprocessors has room for four clusters of four. 0: the device cannot run it.
+template <class... Parameters>
+int resident_clusters(const char* name, void (*kernel)(Parameters...), const Shape& shape) {
+    Launch asked(name, reinterpret_cast<const void*>(kernel), shape, 0);
+    asked.config.numAttrs = 1;  // it wants to be told of clusters of one, too
+    int clusters = 0;
+    must(cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &asked.config), name);
+    return clusters;
 }
 
 // A function of the driver in the form that it has since CUDA 12.0.
 template <class F>
 F driver_function(const char* name) {
     void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
     must(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found), name);
+    if (found != cudaDriverEntryPointSuccess || entry == nullptr) {
+        throw std::runtime_error(std::string(name) + ": this needs an NVIDIA driver for CUDA 12.0 or later, " +
+                                 "and the one here has no such function");
+    }
     return reinterpret_cast<F>(entry);
 }
 
@@ -125,11 +163,18 @@ void launch(const char*, void (*kernel)(Parameters...), const Shape& shape, uint
     emu::launch({shape.grid, 1, 1}, shape.cluster, shape.threads, shape.shared_bytes, [&] { kernel(arguments...); });
 }
 
+// What a device would say is decided by sparsekern/sp24/config.py where there is none.
+template <class... Parameters>
+int resident_clusters(const char* name, void (*)(Parameters...), const Shape&) {
+    throw std::runtime_error(std::string(name) + ": the emulator has no multiprocessors to count clusters on");
+}
+
 inline TensorMap tensor_map(const void* data, Type type, int64_t columns, int64_t rows, int64_t stride, int box_rows) {
     const int64_t bytes = bytes_of(type);
     if (reinterpret_cast<uintptr_t>(data) % 16 || stride * bytes % 16) {
         throw std::runtime_error("a tensor map needs an address and a stride that 16 bytes divide");
     }
+    if (stride < columns) throw std::runtime_error("the rows of a tensor map do not overlap");
     return {static_cast<const char*>(data), static_cast<uint64_t>(columns * bytes), static_cast<uint64_t>(rows),
             static_cast<uint64_t>(stride * bytes), static_cast<uint32_t>(box_rows)};
 }

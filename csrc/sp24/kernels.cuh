@@ -29,6 +29,9 @@ struct KernelInfo {
 // All kernels for operands of this type (sparsekern/_ext.py's number).
 std::vector<KernelInfo> kernels(int type);
 
+// How many clusters of a kernel of family "mm_sm90" are on the current device at once; 0 where it cannot run there.
+int resident(int type, int kernel);
+
 struct MmCall {
     int kernel;
     int type, out_type, bias_type, activation;
@@ -73,11 +76,15 @@ void list_mm_sm90_promoting(std::vector<KernelInfo>& to);
 template <int kType>
 void run_mm_sm90(int index, const MmCall& call);
 template <int kType>
+int resident_mm_sm90(int index);
+template <int kType>
 void run_mm_sm80(int index, const MmCall& call);
 template <int kType>
 void run_decode(int index, const MmCall& call);
 template <int kType>
 void run_mm_sm90_promoting(int index, const MmCall& call);
+template <int kType>
+int resident_mm_sm90_promoting(int index);
 template <int kType>
 void run_repack(const RepackCall& call);
 

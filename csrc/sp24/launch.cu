@@ -28,10 +28,22 @@ std::vector<KernelInfo> kernels(int type) {
     return all;
 }
 
-void mm(const MmCall& call) {
 #define SK_COUNT(...) +1
-    constexpr int kSm90 = 0 SK_SP24_MM_SM90(SK_COUNT), kSm80 = kSm90 SK_SP24_MM_SM80(SK_COUNT);
-    constexpr int kDecode = kSm80 SK_SP24_DECODE(SK_COUNT);
+constexpr int kSm90 = 0 SK_SP24_MM_SM90(SK_COUNT), kSm80 = kSm90 SK_SP24_MM_SM80(SK_COUNT);
+constexpr int kDecode = kSm80 SK_SP24_DECODE(SK_COUNT);
+
+int resident(int type, int kernel) {
+    int clusters = 0;
+    with_type(type, [&]<int kType>() {
+        if (kernel < kSm90) clusters = resident_mm_sm90<kType>(kernel);
+        if constexpr (kType == 4) {
+            if (kernel >= kDecode) clusters = resident_mm_sm90_promoting<kType>(kernel - kDecode);
+        }
+    });
+    return clusters;
+}
+
+void mm(const MmCall& call) {
     with_type(call.type, [&]<int kType>() {
         if (call.kernel < kSm90) return run_mm_sm90<kType>(call.kernel, call);
         if (call.kernel < kSm80) return run_mm_sm80<kType>(call.kernel - kSm90, call);

@@ -46,6 +46,18 @@ void run([[maybe_unused]] int index, [[maybe_unused]] const MmCall& call) {
 #endif
 }
 
+template <class Tuple>
+int resident([[maybe_unused]] int index) {
+    int clusters = 0;
+#ifndef SK_NO_KERNELS
+    with_config<Tuple>(index, [&]<class C>() {
+        const device::Shape shape{C::kCluster, C::kCluster, C::kThreads, C::kSharedBytes};
+        clusters = device::resident_clusters("sp24_mm_sm90", sp24_mm_sm90<C>, shape);
+    });
+#endif
+    return clusters;
+}
+
 constexpr Type kType = static_cast<Type>(SK_TYPE);
 }  // namespace
 
@@ -59,6 +71,11 @@ void run_mm_sm90<SK_TYPE>(int index, const MmCall& call) {
     run<Kernels<kType>>(index, call);
 }
 
+template <>
+int resident_mm_sm90<SK_TYPE>(int index) {
+    return resident<Kernels<kType>>(index);
+}
+
 #if SK_TYPE == 4
 template <>
 void list_mm_sm90_promoting<SK_TYPE>(std::vector<KernelInfo>& to) {
@@ -68,6 +85,11 @@ void list_mm_sm90_promoting<SK_TYPE>(std::vector<KernelInfo>& to) {
 template <>
 void run_mm_sm90_promoting<SK_TYPE>(int index, const MmCall& call) {
     run<PromotingKernels<kType>>(index, call);
+}
+
+template <>
+int resident_mm_sm90_promoting<SK_TYPE>(int index) {
+    return resident<PromotingKernels<kType>>(index);
 }
 #endif
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._plan import plan, plans
+from .._ext import capturing
+from .._plan import overwrite, plan, plans
 from .layout import Bsr
 
 
@@ -44,7 +45,7 @@ class Work(NamedTuple):
 
 def rows_of(layout: Bsr) -> Tensor:
     """int32 [nnzb]: the block row of every block."""
-    return kept(layout, "rows", lambda: layout.block_rows().int(), lambda old: old.copy_(layout.block_rows()))
+    return kept(layout, "rows", lambda: layout.block_rows().int(), lambda old: overwrite(old, layout.block_rows()))
 
 
 def by_columns(layout: Bsr) -> Columns:
@@ -72,8 +73,7 @@ def work_list(layout: Bsr, columns: bool, most: int) -> Work:
 
     def make() -> Work:
         begin = starts()
-        capturing = begin.is_cuda and torch.cuda.is_current_stream_capturing()
-        return cut(begin, nnzb, most if most and (capturing or int(begin.diff().max()) > most) else 0)
+        return cut(begin, nnzb, most if most and (capturing(begin) or int(begin.diff().max()) > most) else 0)
 
     return kept(layout, ("work", columns, most), make, lambda old: refill(old, cut(starts(), nnzb, old.most)))
 
@@ -132,4 +132,4 @@ def refill(old: Any, new: Any) -> None:
     """Copies every tensor of a record into the one that it replaces."""
     for mine, fresh in zip(old, new, strict=True):
         if isinstance(mine, Tensor):
-            mine.copy_(fresh)
+            overwrite(mine, fresh)

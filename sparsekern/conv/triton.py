@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._ext import FP8, known_bias, multiprocessors, on_card
-from .._plan import plan
+from .._plan import overwrite, plan
 from ..bsr import triton as product
 from ..bsr.config import Config, sides
 from ..bsr.layout import Bsr
@@ -171,7 +171,7 @@ def _forward_shifts(layout: Bsr, g: Geometry) -> Tensor:
         shifts = (r * g.dilation_h - g.top, s * g.dilation_w - g.left, channel // layout.block[1])
         return torch.stack(shifts, 1).int().contiguous()
 
-    return plan(layout.col, ("conv2d.shifts", layout.dims, g), make, lambda old: old.copy_(make()))
+    return plan(layout.col, ("conv2d.shifts", layout.dims, g), make, lambda old: overwrite(old, make()))
 
 
 def _forward(layout: Bsr, g: Geometry, most: int) -> Walk:

@@ -11,6 +11,7 @@ from .._plan import plan
 from ..functional import check_dynamic, dynamic_linear, linear_layout
 from ..sp24.dynamic import prune
 from ..sp24.layout import Sp24
+from ..sp24.repack import WIDE
 from .linear import SparseLinear
 
 
@@ -57,7 +58,11 @@ class DynamicSparseLinear(nn.Linear):
         """S(W) as it is now, in `dtype`. Kept until the weight's next step."""
         dtype = dtype or self.weight.dtype
         key = ("sp24.dynamic", self.mask, dtype, self.backend)
-        return plan(self.weight, key, lambda: prune(self.weight.detach().to(dtype), self.mask, self.backend))
+
+        def make() -> Sp24:
+            return prune(self.weight.detach().to(dtype), self.mask, self.backend)
+
+        return plan(self.weight, key, make, live=dtype in WIDE)  # the GPU's packer waits for nothing
 
     def to_sparse(self) -> SparseLinear:
         """The SparseLinear of the mask as it is now: same bias parameter, same training mode."""

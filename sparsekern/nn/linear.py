@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._library import unwatched
-from .._plan import plan
+from .._plan import overwrite, plan
 from ..formats import FORMATS
 from ..functional import linear_layout
 from ..layout import Layout
@@ -87,9 +87,12 @@ class SparseLinear(SparseModule):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.dense_above is not None and self._runs_dense(input):
-            weight = plan(self.values, "dense", lambda: self.dense_weight().detach())
+            weight = plan(self.values, "dense", self._written_out, lambda old: overwrite(old, self._written_out()))
             return ACTIVATIONS[self.activation or "none"](nn.functional.linear(input, weight, self.bias))
         return linear_layout(self.packed, input, self._parameters["bias"], self.activation, self.backend)
+
+    def _written_out(self) -> Tensor:
+        return self.dense_weight().detach()
 
     def _runs_dense(self, x: Tensor) -> bool:
         if not unwatched(self.values, x, self.bias) or (torch.is_grad_enabled() and self.values.requires_grad):

@@ -12,6 +12,8 @@ from .._ext import (
     CUDA_DTYPES,
     FP8,
     capability,
+    capturing,
+    code_on,
     cuda,
     emulating,
     known_bias,
@@ -21,16 +23,17 @@ from .._ext import (
     why_not_cuda,
     word_rows,
 )
-from .._plan import plan
+from .._plan import keep, plan
 from .._workspace import workspace
 from ..ref import result_dtype
 from . import fragments, repack
-from .config import Choice, Kernel, candidates
+from .config import Choice, Kernel, candidates, why_not_fp8
 from .layout import Sp24
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.int8, FP8)
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
-ENDINGS = frozenset(("x_scale", "residual", "out_dtype", "use_fast_accum"))  # what mm takes beside bias, activation
+# What mm takes beside bias and activation (_ending.py).
+ENDINGS = frozenset(("x_scale", "residual", "beta", "out_dtype", "use_fast_accum"))
 
 
 def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
@@ -44,11 +47,7 @@ def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
         return f"{own} values have no kernel but mm"
     reason = why_not_cuda(x.device)
     if reason is None and own == FP8 and not emulating():
-        card = capability(x.device)
-        if card < 89:
-            return "float8_e4m3fn needs compute capability 8.9"
-        if 100 <= card < 120:
-            return "compute capability 10 multiplies float8_e4m3fn by tcgen05 alone, which these kernels do not use"
+        return why_not_fp8(capability(x.device), code_on(x.device))
     return reason
 
 
@@ -60,11 +59,12 @@ def mm(
     *,
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    beta: float = 1.0,
     out_dtype: torch.dtype | None = None,
     use_fast_accum: bool = False,
     how: Choice | None = None,
 ) -> Tensor:
-    """Y = act(X W^T * w_scale * x_scale + bias) + residual: x [M, K] -> [M, N].
+    """Y = act(X W^T * w_scale * x_scale + bias) + beta * residual: x [M, K] -> [M, N].
 
     x_scale: float32 [M], one for each token. out_dtype: the output's type; torch.int32 gives the plain sums of an int8
     product, without any epilogue. use_fast_accum: fp8 sums may stay in Hopper's tensor cores for all of K, which keep
@@ -74,12 +74,12 @@ def mm(
     out = out_dtype or result_dtype(x)
     if out not in OUTPUTS and not (out == torch.int32 and dtype == torch.int8):
         raise ValueError(f"out_dtype must be one of float32, bfloat16, float16 (int32 for int8 values), got {out}")
-    y = x.new_empty((m, n), dtype=out)
+    y = x.new_empty(m, n) if out == x.dtype else x.new_empty((m, n), dtype=out)  # 0.7 and 1.3 us
     if m == 0 or n == 0:
         return y
     if k == 0:
         raise NotImplementedError("a weight without columns has no CUDA kernel")
-    return _product(packed(layout), layout.scale, x, y, bias, activation, x_scale, residual, use_fast_accum, how)
+    return _product(packed(layout), layout.scale, x, y, bias, activation, x_scale, residual, beta, use_fast_accum, how)
 
 
 def _product(
@@ -91,20 +91,31 @@ def _product(
     activation: str = "none",
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    beta: float = 1.0,
     use_fast_accum: bool = False,
     how: Choice | None = None,
 ) -> Tensor:
     """`mm` into y [M, N] by a weight in fragment order of x's type; none of the sizes is 0."""
-    n = y.shape[1]
-    if not (x.is_contiguous() and _aligned(x) and x.shape[1] * x.element_size() % 4 == 0):
-        x = word_rows(unit_rows(x))  # what it has more lies in the weight's last block
-        if x.dtype == FP8 and not _aligned(x) and _card(x.get_device()) == 90:
-            x = torch.nn.functional.pad(x.view(torch.uint8), (0, -x.shape[1] % 16)).clone().view(FP8)
+    aligned = _aligned(x)
+    if not (aligned and x.is_contiguous() and x.shape[1] * x.element_size() % 4 == 0):
+        x = _readable(x)
+        aligned = _aligned(x)
     if residual is not None:
         residual = unit_rows(residual if residual.dtype == y.dtype else residual.to(y.dtype))
-    how = how or _choose(n, x, use_fast_accum)
-    _launch(how, weight, x.shape[1], x, y, scale, bias, activation, x_scale, residual, ())
+    how = how or _chosen(y.shape[1], x, aligned, use_fast_accum)
+    _launch(how, weight, x.shape[1], x, y, scale, bias, activation, x_scale, residual, beta, ())
     return y
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x, or a copy of it, as some kernel can read it; what a copy has more lies in the weight's last block."""
+    x = unit_rows(x)
+    if x.stride(0) < x.shape[1]:  # TMA reads no rows that overlap, as those of v.expand(M, K) do
+        x = x.contiguous() if x.shape[0] > 1 else x.view(-1).unsqueeze(0)
+    x = word_rows(x)
+    if x.dtype == FP8 and not _aligned(x) and _card(x.get_device()) == 90:
+        x = torch.nn.functional.pad(x.view(torch.uint8), (0, -x.shape[1] % 16)).clone().view(FP8)
+    return x
 
 
 def windows(
@@ -124,7 +135,7 @@ def windows(
     read them, which is for the caller to know. The rows of x and y may lie any distance apart.
     """
     how = how or _choice(CUDA_DTYPES[x.dtype], *y.shape, k, x.get_device(), tma, False, True)
-    _launch(how, weight, k, x, y, None, bias, activation, None, None, images)
+    _launch(how, weight, k, x, y, None, bias, activation, None, None, 1.0, images)
 
 
 def _launch(
@@ -138,6 +149,7 @@ def _launch(
     activation: str,
     x_scale: Tensor | None,
     residual: Tensor | None,
+    beta: float,
     images: tuple[int, ...],
 ) -> None:
     (m, n), dtype, stream = y.shape, CUDA_DTYPES[x.dtype], stream_of(x)
@@ -155,9 +167,9 @@ def _launch(
         k,
         x.data_ptr(),
         m,
-        x.stride(0),
+        x.stride()[0],  # half the time of x.stride(0)
         y.data_ptr(),
-        y.stride(0),
+        y.stride()[0],
         CUDA_DTYPES[y.dtype],
         0 if scale is None else scale.data_ptr(),
         0 if x_scale is None else x_scale.data_ptr(),
@@ -167,7 +179,7 @@ def _launch(
         1.0,
         0 if residual is None else residual.data_ptr(),
         0 if residual is None else residual.stride(0),
-        1.0,
+        beta,
         images,
         how.workers,
         how.streamed,
@@ -220,6 +232,7 @@ def packed(layout: Sp24) -> Tensor:
         _key("sp24.fragments", layout),
         lambda: repack.to_fragments(layout),
         lambda old: repack.to_fragments(layout, old),
+        live=True,
     )
 
 
@@ -230,15 +243,21 @@ def packed_t(layout: Sp24) -> Tensor:
         _key("sp24.fragments_t", layout),
         lambda: repack.transpose(layout),
         lambda old: repack.transpose(layout, old),
+        live=True,
     )
 
 
 def transposable(layout: Sp24) -> bool:
-    """Whether W^T is 2:4 as well, whatever the values; found out once for each mask, which waits for the GPU."""
+    """Whether W^T is 2:4 as well, whatever the values; found out once for each mask, which waits for the GPU.
+
+    A CUDA graph that is captured before anybody has asked cannot wait, and does without.
+    """
     if layout.values.dtype.itemsize != 2:
         return False
 
     def make() -> bool:
+        if capturing(layout.values):
+            return False
         ones = layout.with_values(torch.ones_like(layout.values))
         first = repack.no_crowd(layout.values)
         repack.transpose(ones, first=first)
@@ -249,10 +268,10 @@ def transposable(layout: Sp24) -> bool:
 
 def adopt(layout: Sp24, weight: Tensor, weight_t: Tensor | None) -> None:
     """Keeps fragments that were made together with a layout, of W and, where its mask is transposable, of W^T."""
-    plan(layout.values, _key("sp24.fragments", layout), lambda: weight)
+    keep(layout.values, _key("sp24.fragments", layout), weight)
     if weight_t is not None:
-        plan(layout.values, _key("sp24.fragments_t", layout), lambda: weight_t)
-    plan(layout.metadata, ("sp24.transposable", layout.shape), lambda: weight_t is not None)
+        keep(layout.values, _key("sp24.fragments_t", layout), weight_t)
+    keep(layout.metadata, ("sp24.transposable", layout.shape), weight_t is not None)
 
 
 def _key(name: str, layout: Sp24) -> tuple[object, ...]:
@@ -268,12 +287,12 @@ def kernels(dtype: int) -> tuple[Kernel, ...]:
 
 def choice(layout: Sp24, x: Tensor, use_fast_accum: bool = False) -> Choice:
     """The heuristic's choice for this product."""
-    return _choose(layout.shape[0], x, use_fast_accum)
+    return _chosen(layout.shape[0], x, _aligned(x), use_fast_accum)
 
 
-def _choose(n: int, x: Tensor, use_fast_accum: bool = False) -> Choice:
+def _chosen(n: int, x: Tensor, aligned: bool, use_fast_accum: bool) -> Choice:
     m, k = x.shape
-    return _choice(CUDA_DTYPES[x.dtype], m, n, k, x.get_device(), _aligned(x), use_fast_accum, False)
+    return _choice(CUDA_DTYPES[x.dtype], m, n, k, x.get_device(), aligned, use_fast_accum, False)
 
 
 def _card(device: int) -> int:
@@ -281,20 +300,37 @@ def _card(device: int) -> int:
 
 
 def _aligned(x: Tensor) -> bool:
-    return (x.data_ptr() | x.stride(0) * x.element_size()) % 16 == 0
+    """Whether TMA can read the rows of x: they begin at multiples of 16 bytes and do not overlap."""
+    stride = x.stride()[0]
+    return (x.data_ptr() | stride * x.element_size()) % 16 == 0 and stride >= x.shape[1]
+
+
+@cache
+def _resident(dtype: int, device: int) -> tuple[int, ...] | None:
+    """How many clusters of every kernel are on a card at once, as it says itself; None where there is none to ask."""
+    if device < 0 or not _card(device) == code_on(torch.device("cuda", device)) == 90:
+        return None
+    with torch.cuda.device(device):
+        processors = multiprocessors(torch.device("cuda", device))
+        return tuple(
+            cuda().sp24_resident(dtype, number) if kernel.cluster > 1 else processors
+            for number, kernel in enumerate(kernels(dtype))
+        )
 
 
 @lru_cache(maxsize=4096)
 def _choice(dtype: int, m: int, n: int, k: int, device: int, aligned: bool, fast_accum: bool, images: bool) -> Choice:
-    fp8 = dtype == CUDA_DTYPES[FP8]
+    fp8, card = dtype == CUDA_DTYPES[FP8], torch.device("cpu") if device < 0 else torch.device("cuda", device)
     found = candidates(
         kernels(dtype),
         m,
         n,
         -(-k // fragments.block_k(next(t for t, number in CUDA_DTYPES.items() if number == dtype))),
         capability=_card(device),
-        processors=multiprocessors(torch.device("cpu") if device < 0 else torch.device("cuda", device)),
+        processors=multiprocessors(card),
         aligned=aligned,
+        code=code_on(card),
+        resident=_resident(dtype, device),
         fp8=fp8,
         fast_accum=fast_accum,
         images=images,

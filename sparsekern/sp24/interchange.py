@@ -11,6 +11,8 @@
   that which torchao wrote for this library (its sparsify24.cu, until August 2026); nobody has compared ours with the
   library's own output yet: tests/test_sp24_interchange.py does where there is a card. For 8-bit types on sm_90 neither
   the order of the metadata nor whether padding follows it is known: the same test prints what the library makes there.
+- cuSPARSELt of the card that is here, whatever its order: the library itself compresses, and multiplies by the identity
+  to read back (vendor.py).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import vendor
 from .layout import Sp24
+from .pack import pack
 
 _E_TYPES = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.int8: torch.int32}
 
@@ -45,6 +49,40 @@ def from_cutlass(values: Tensor, e: Tensor, scale: Tensor | None = None) -> Sp24
                          f"got {e.dtype} {tuple(e.shape)}")  # fmt: skip
     metadata = _rows(e.contiguous().reshape(-1).view(torch.uint8), n, k, values.dtype)
     return Sp24(values=values.contiguous(), metadata=metadata, shape=(n, k), scale=scale).check()
+
+
+def to_cusparselt(layout: Sp24) -> Tensor:
+    """W[N, K] on a GPU as its cuSPARSELt compresses it, in the values' type; N and K as `vendor.ALIGNMENT` says.
+
+    Raises NotImplementedError where there is no such library, or it has no such type.
+    """
+    if _own_order(layout.values):
+        return to_cusparselt_sm90(layout)
+    return torch._cslt_compress(layout.unpack())
+
+
+def from_cusparselt(blob: Tensor, shape: tuple[int, int], scale: Tensor | None = None) -> Sp24:
+    """The layout of W[N, K] as the cuSPARSELt of the blob's card compressed it: the inverse of `to_cusparselt`.
+
+    Every finite value is as it was, and -0.0 is 0.0 (of bfloat16's subnormal ones that is the card's to say). Raises
+    ValueError for sizes that do not fit and values that are not finite, NotImplementedError as `to_cusparselt`.
+    """
+    if _own_order(blob):
+        return from_cusparselt_sm90(blob, shape)
+    return pack(vendor.written_out(blob, shape), scale=scale)
+
+
+def _own_order(t: Tensor) -> bool:
+    """Whether the order that is known must do, because the library should not multiply this type on this card."""
+    if t.dtype not in vendor.ALIGNMENT:
+        raise NotImplementedError(f"cuSPARSELt through torch has no {t.dtype}")
+    reason = vendor.why_not_here(t.device)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    reason = vendor.why_not_type(t.dtype, t.device)
+    if reason is not None and t.dtype != torch.float16:
+        raise NotImplementedError(reason)
+    return reason is not None
 
 
 def to_cusparselt_sm80(layout: Sp24) -> Tensor:

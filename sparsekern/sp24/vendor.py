@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from .. import tune
-from .._plan import plan
+from .._ext import FP8, capturing
+from .._plan import overwrite, plan
+from ..layout import QUANTISED
 from ..ref import ACTIVATIONS, result_dtype
 from .layout import Sp24
 
 # Multiples that torch asks of (N, K) and of the tokens, by type.
-ALIGNMENT = {torch.bfloat16: (16, 8), torch.float16: (16, 8), torch.int8: (32, 16)}
+ALIGNMENT = {torch.bfloat16: (16, 8), torch.float16: (16, 8), torch.int8: (32, 16), FP8: (32, 16)}
+# The type of 8-bit products; float8's are summed as the card's tensor cores do it.
+_SUMS = {torch.int8: torch.int32, FP8: torch.float32}
 ENDINGS = None  # its 16-bit outputs are rounded, so nothing exact can follow them (_ending.py)
 
 
@@ -27,13 +31,13 @@ def why_not(op: str, layout: Sp24, x: Tensor) -> str | None:
     if op != "mm":
         return "cuSPARSELt through torch has mm only"
     if own not in ALIGNMENT:
-        return f"cuSPARSELt through torch takes bfloat16, float16 and int8 values, not {own}"
+        return f"cuSPARSELt through torch takes bfloat16, float16, int8 and float8_e4m3fn values, not {own}"
     if x.dtype != own:
         return f"values are {own}, activations {x.dtype}; they must agree"
     many = ALIGNMENT[own][0]
     if layout.shape[0] % many or layout.shape[1] % many or 0 in layout.shape:
         return f"cuSPARSELt needs N and K in multiples of {many} for {own}, got {layout.shape}"
-    return why_not_here(x.device)
+    return why_not_here(x.device) or why_not_type(own, x.device)
 
 
 def why_not_here(device: torch.device) -> str | None:
@@ -47,6 +51,20 @@ def why_not_here(device: torch.device) -> str | None:
     return None
 
 
+def why_not_type(own: torch.dtype, device: torch.device) -> str | None:
+    """Why the cuSPARSELt of this device should not multiply values of one of its types, or None where it should."""
+    card, version = torch.cuda.get_device_capability(device), torch.backends.cusparselt.version() or 0
+    name = f"cuSPARSELt {version // 1000}.{version // 100 % 10}.{version % 100}" if version else "this cuSPARSELt"
+    if own == torch.float16 and card == (9, 0) and not 600 <= version < 800:
+        return (
+            f"{name} may end in an illegal instruction with float16 on compute capability 9.0, as 0.8.1 is reported "
+            "to, and no CUDA call works after that; versions 0.6 and 0.7 and bfloat16 are not known to"
+        )
+    if own == FP8 and (card < (8, 9) or (card == (8, 9) and version < 800)):
+        return f"float8_e4m3fn needs compute capability 9.0, or 8.9 and cuSPARSELt 0.8; here are {card} and {name}"
+    return None
+
+
 def mm(layout: Sp24, x: Tensor, bias: Tensor | None, activation: str, *, algorithm: int | None = None) -> Tensor:
     """Y = act(X W^T * scale + bias): x [M, K] -> [M, N]. algorithm: a number of cuSPARSELt's; None searches."""
     m, out = x.shape[0], result_dtype(x)
@@ -55,13 +73,13 @@ def mm(layout: Sp24, x: Tensor, bias: Tensor | None, activation: str, *, algorit
     weight, tokens = compressed(layout), columns(x)
     if algorithm is None:
         algorithm = searched(layout.shape, x.dtype, x.device, tune.bucket(m), weight, tokens)
-    quantised = x.dtype == torch.int8
+    quantised = x.dtype in QUANTISED
     fused = bias if bias is not None and bias.dtype == x.dtype and not quantised else None
     y = torch._cslt_sparse_mm(
         weight,
         tokens,
         bias=fused,
-        out_dtype=torch.int32 if quantised else None,
+        out_dtype=_SUMS.get(x.dtype),
         transpose_result=True,
         alg_id=algorithm,
     )[:m]
@@ -86,7 +104,32 @@ def compressed(layout: Sp24) -> Tensor:
     """The weight as cuSPARSELt has it, values then metadata; kept beside the values, made anew when they change."""
     metadata = layout.metadata
     key = ("sp24.vendor", layout.shape, metadata.data_ptr(), -1 if metadata.is_inference() else metadata._version)
-    return plan(layout.values, key, lambda: torch._cslt_compress(layout.unpack()))
+
+    def make() -> Tensor:
+        return torch._cslt_compress(layout.unpack())
+
+    return plan(layout.values, key, make, lambda old: overwrite(old, make()), live=True)
+
+
+def written_out(blob: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The dense W[N, K] of a compressed one, whatever its order: the library's product with the identity.
+
+    Each sum has one term that is not zero, so every finite value comes back as it was (-0.0 as 0.0). Raises ValueError
+    for sizes that do not fit, and where there are values that are not finite, beside which a row is lost.
+    """
+    (n, k), dtype = shape, blob.dtype
+    many, size = ALIGNMENT[dtype][0], n * k // 16 * (10 if dtype.itemsize == 1 else 9)
+    if n % many or k % many or 0 in shape or blob.numel() != size:
+        raise ValueError(
+            f"a compressed {dtype} weight has N and K in multiples of {many} and, of shape {shape}, {size} elements; "
+            f"got {blob.numel()}"
+        )
+    ones = torch.eye(k, dtype=torch.int8, device=blob.device).to(dtype)
+    wide = {torch.int8: torch.int32, FP8: torch.bfloat16}.get(dtype)
+    dense = torch._cslt_sparse_mm(blob.reshape(n, -1), ones.t(), out_dtype=wide, transpose_result=True, alg_id=0).t()
+    if wide != torch.int32 and not bool(dense.isfinite().all()):
+        raise ValueError("a compressed weight with values that are not finite cannot be read back")
+    return dense.to(dtype).contiguous()
 
 
 def columns(x: Tensor) -> Tensor:
@@ -108,8 +151,8 @@ def searched(
     """
     key = (shape, dtype, device, bucket)
     if key not in _FOUND:
-        if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+        if capturing(tokens):
             return 0
-        out = torch.int32 if dtype == torch.int8 else None
-        _FOUND[key] = int(torch._cslt_sparse_mm_search(weight, tokens, out_dtype=out, transpose_result=True))
+        found = torch._cslt_sparse_mm_search(weight, tokens, out_dtype=_SUMS.get(dtype), transpose_result=True)
+        _FOUND[key] = int(found)
     return _FOUND[key]
