@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -248,11 +248,10 @@ def test_every_card_decodes_every_number_of_tokens(
 
 
 def test_hopper_without_its_kernels(emulated_once: ModuleType) -> None:
-    """A module that was built for 90 through another architecture takes the kernels that are there."""
-    with mock.patch.object(cuda, "_card", return_value=90), mock.patch.object(cuda, "emulating", return_value=False):
-        for archs, orders in (("80", ("sm80",)), ("80,90a", ("sm90", "sm80"))):
-            with mock.patch.object(cuda, "cuda", return_value=SimpleNamespace(archs=archs)):
-                assert cuda._orders(torch.device("cpu")) == orders
+    """A card that runs another architecture's code takes the kernels that are there."""
+    for card, code, orders in ((90, 80, ("sm80",)), (90, 90, ("sm90", "sm80")), (120, 90, ("sm80",))):
+        with mock.patch.object(cuda, "_card", return_value=card), mock.patch.object(cuda, "code_on", return_value=code):
+            assert cuda._orders(torch.device("cpu")) == orders
 
 
 @pytest.mark.parametrize("rows", ["expanded", "overlapping"])

@@ -148,6 +148,20 @@ def test_promoted_sums_are_added_beside_products() -> None:
         assert re.fullmatch(f"({block})+", loop), (name, loop)
 
 
+def test_gradients_keep_a_group_in_flight() -> None:
+    """Dense wgmma: W^T from registers, of which a group is always in flight; the sampled product from shared memory."""
+    for kernel, product, waits in (
+        ("mm_t", r"HGMMA\.64x\d+x16\.F32\S* R\d+, R\d+, gdesc", 4),
+        ("sddmm", r"HGMMA\.64x256x16\.F32\S* R\d+, gdesc\[\w+\]\.tnspA\.tnspB", 1),
+    ):
+        found = {key: code for key, code in sass("sp24_launch_grad_sm90_1").items() if f"sp24_{kernel}_sm90" in key[1]}
+        assert found
+        for key, code in found.items():
+            assert re.search(product, code), key
+            assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code) == ["1"] * waits + ["0"], key
+            assert not re.search(r"\b(LDL|STL)\b", code), key
+
+
 def test_bitmaps_become_operands() -> None:
     """Every kernel multiplies what it has decoded in registers: by wgmma on sm_90a, by mma elsewhere."""
     for unit, kernel, product in (

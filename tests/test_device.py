@@ -165,6 +165,16 @@ def test_dense_product(emulated: ModuleType, dtype: torch.dtype, n: int) -> None
         assert torch.equal(d_matrix(d[half], 64).double(), want)
 
 
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_product_of_columns(emulated: ModuleType, dtype: torch.dtype) -> None:
+    """Both operands with K as rows in shared memory, boxes of 64 columns: dY^T X of 32 tokens."""
+    dy, x = operand(32, 64, dtype, 1), operand(32, 256, dtype, 2)
+    boxes = torch.cat([swizzled(x[:, 64 * i : 64 * i + 64].contiguous()) for i in range(4)])
+    a, d = swizzled(dy), torch.full((128, 128), 99.0)
+    emulated.probe_product_columns(CUDA_DTYPES[dtype], a.data_ptr(), boxes.data_ptr(), d.data_ptr())
+    assert torch.equal(d_matrix(d, 64).double(), dy.double().t() @ x.double())
+
+
 @pytest.mark.parametrize("position", range(64))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_product_position_by_position(emulated_once: ModuleType, dtype: torch.dtype, position: int) -> None:

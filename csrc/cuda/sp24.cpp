@@ -57,6 +57,28 @@ void bind_sp24_cuda(py::module_& m) {
             .streamed = streamed,
             .stream = stream});
     });
+    m.def("sp24_sddmm", [](int kernel, int type, uint64_t dy, int64_t dy_stride, uint64_t x, int64_t x_stride, int m,
+                           uint64_t metadata, int64_t metadata_stride, uint64_t values, int n, int k, int pairs,
+                           int workers, int streamed, uint64_t partials, uint64_t counters, uint64_t stream) {
+        sddmm({.kernel = kernel,
+               .type = type,
+               .dy = dy,
+               .x = x,
+               .metadata = metadata,
+               .values = values,
+               .partials = partials,
+               .counters = counters,
+               .dy_stride = dy_stride,
+               .x_stride = x_stride,
+               .metadata_stride = metadata_stride,
+               .m = m,
+               .n = n,
+               .k = k,
+               .pairs = pairs,
+               .workers = workers,
+               .streamed = streamed,
+               .stream = stream});
+    });
     m.def("sp24_repack", [](int from, int type, int n, int k, uint64_t dense, int64_t dense_stride, uint64_t mask,
                             int64_t mask_stride, uint64_t values, uint64_t metadata, uint64_t fragments,
                             uint64_t to_fragments, uint64_t to_transposed, uint64_t to_values, uint64_t to_metadata,

@@ -50,8 +50,8 @@ SK_DEVICE uint64_t product_descriptor(uint32_t shared) {
     return kSwizzle128 | kStride << 32 | uint64_t{1} << 16 | (shared & 0x3FFFF) >> 4;
 }
 
-// The descriptor of an operand whose rows in shared memory are its K: boxes of 64 columns (128 bytes), `box_bytes` apart,
-// with the same swizzle. Eight rows are an atom of 1024 bytes.
+// The descriptor of an operand whose rows in shared memory are its K: boxes of 64 columns (128 bytes), `box_bytes`
+// apart, with the same swizzle. Eight rows are an atom of 1024 bytes.
 SK_DEVICE uint64_t product_descriptor_columns(uint32_t shared, uint32_t box_bytes) {
     constexpr uint64_t kStride = 1024 >> 4, kSwizzle128 = uint64_t{1} << 62;
     return kSwizzle128 | kStride << 32 | uint64_t{box_bytes >> 4} << 16 | (shared & 0x3FFFF) >> 4;
@@ -168,10 +168,10 @@ SK_PRODUCTS(128, 64, "%64", "%65", "%66", "%67", "%68", "%69");
 
 template <Type T>
 SK_DEVICE void run_product_columns(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
-#define SK_PRODUCT(TYPES)                                                                                           \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." TYPES    \
-                 " {" SK_REGISTERS256 "}, %128, %129, p, 1, 1, 1, 1;\n}"                                            \
-                 : SK_OUT128(SK_FLOAT, 0)                                                                           \
+#define SK_PRODUCT(TYPES)                                                                                        \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." TYPES \
+                 " {" SK_REGISTERS256 "}, %128, %129, p, 1, 1, 1, 1;\n}"                                         \
+                 : SK_OUT128(SK_FLOAT, 0)                                                                        \
                  : "l"(a), "l"(b), "r"(accumulate))
     if constexpr (T == Type::bf16) SK_PRODUCT("bf16.bf16");
     if constexpr (T == Type::f16) SK_PRODUCT("f16.f16");

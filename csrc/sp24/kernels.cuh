@@ -17,9 +17,12 @@ namespace sk::sp24 {
 #define SK_SP24_MM_SM80(X) X(2, 128, 32, 3) X(2, 64, 32, 3)
 #define SK_SP24_DECODE(X) X(8, 8, 4) X(16, 8, 3) X(32, 8, 2) X(64, 4, 3) X(8, 4, 3) X(16, 4, 2)
 #define SK_SP24_MM_SM90_PROMOTING(X) X(1, 192, 8, 4) X(1, 192, 8, 2) X(2, 64, 15, 1)
+// The gradients, for 16-bit types alone, after them: MmTSm90<tokens, stages, cluster>, SddmmSm90<stages, cluster>.
+#define SK_SP24_MM_T_SM90(X) X(128, 8, 2) X(128, 8, 1) X(64, 12, 1)
+#define SK_SP24_SDDMM_SM90(X) X(4, 2) X(4, 1)
 
 struct KernelInfo {
-    std::string family;  // "mm_sm90", "mm_sm80", "decode"
+    std::string family;  // "mm_sm90", "mm_sm80", "decode", "mm_t_sm90", "sddmm_sm90"
     int rows, tokens, cluster, threads, shared_bytes;
     int partial_words;  // 32-bit words of `partials` for every worker
     int counters;       // for every tile
@@ -29,7 +32,7 @@ struct KernelInfo {
 // All kernels for operands of this type (sparsekern/_ext.py's number).
 std::vector<KernelInfo> kernels(int type);
 
-// How many clusters of a kernel of family "mm_sm90" are on the current device at once; 0 where it cannot run there.
+// How many clusters of a kernel of Hopper's families are on the current device at once; 0 where it cannot run there.
 int resident(int type, int kernel);
 
 struct MmCall {
@@ -48,6 +51,21 @@ struct MmCall {
 // Y[M, N] = epilogue(X[M, K] W[N, K]^T); throws std::runtime_error where the launch fails. Images: 16-bit operands, no
 // "decode"; "mm_sm90" needs whole blocks of channels, and what device/launch.h's image_map takes.
 void mm(const MmCall& call);
+
+// A kernel of family "mm_t_sm90" makes Y = dX[M, K] of X = dY[M, N] by the fragments of W[N, K]: `n` is then K, and `k`
+// N.
+
+// values[N, pairs] of 16-bit pairs = dY[M, N]^T X[M, K] at the places of metadata[N, metadata_stride].
+struct SddmmCall {
+    int kernel, type;
+    uint64_t dy, x, metadata, values, partials, counters;
+    int64_t dy_stride, x_stride, metadata_stride;
+    int m, n, k, pairs;
+    int workers, streamed;
+    uint64_t stream;
+};
+
+void sddmm(const SddmmCall& call);
 
 // One pass over a weight from one of its forms to any others (pack.cuh); addresses that are 0 are not wanted.
 struct RepackCall {
@@ -85,6 +103,14 @@ template <int kType>
 void run_mm_sm90_promoting(int index, const MmCall& call);
 template <int kType>
 int resident_mm_sm90_promoting(int index);
+template <int kType>
+void list_gradients(std::vector<KernelInfo>& to);
+template <int kType>
+int resident_gradients(int index);
+template <int kType>
+void run_mm_t(int index, const MmCall& call);
+template <int kType>
+void run_sddmm(int index, const SddmmCall& call);  // the index among all gradients
 template <int kType>
 void run_repack(const RepackCall& call);
 

@@ -24,6 +24,7 @@ std::vector<KernelInfo> kernels(int type) {
         list_mm_sm80<kType>(all);
         list_decode<kType>(all);
         if constexpr (kType == 4) list_mm_sm90_promoting<kType>(all);
+        if constexpr (kType <= 2) list_gradients<kType>(all);
     });
     return all;
 }
@@ -39,6 +40,9 @@ int resident(int type, int kernel) {
         if constexpr (kType == 4) {
             if (kernel >= kDecode) clusters = resident_mm_sm90_promoting<kType>(kernel - kDecode);
         }
+        if constexpr (kType <= 2) {
+            if (kernel >= kDecode) clusters = resident_gradients<kType>(kernel - kDecode);
+        }
     });
     return clusters;
 }
@@ -50,8 +54,19 @@ void mm(const MmCall& call) {
         if constexpr (kType == 4) {
             if (call.kernel >= kDecode) return run_mm_sm90_promoting<kType>(call.kernel - kDecode, call);
         }
+        if constexpr (kType <= 2) {
+            if (call.kernel >= kDecode) return run_mm_t<kType>(call.kernel - kDecode, call);
+        }
         run_decode<kType>(call.kernel - kSm80, call);
     });
+}
+
+void sddmm(const SddmmCall& call) {
+    switch (call.type) {
+        case 1: return run_sddmm<1>(call.kernel - kDecode, call);
+        case 2: return run_sddmm<2>(call.kernel - kDecode, call);
+        default: throw std::runtime_error("sp24_sddmm: no kernel for operands of type " + std::to_string(call.type));
+    }
 }
 
 void repack(const RepackCall& call) {

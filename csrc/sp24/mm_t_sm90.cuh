@@ -5,11 +5,11 @@
 // turn the 8 x 8 matrices that result (movmatrix) into the dense A operand W^T of wgmma.
 //
 // A warp takes 32 columns of W, the width of a fragment, as two operands m of 16. A fragment has four columns of a
-// group where an operand has two, so row 8 r + c of an operand is column 4 (c / 2) + c % 2 + 2 r of its 16; the epilogue
-// turns the matrices again, so that a lane has four neighbours of a token.
+// group where an operand has two, so row 8 r + c of an operand is column 4 (c / 2) + c % 2 + 2 r of its 16; the
+// epilogue turns the matrices again, so that a lane has four neighbours of a token.
 //
-// Per block of 64 rows of W and SM, a tile of 256 columns x 128 tokens: 16 wgmma of 64 x 128 x 16 for each warpgroup take
-// 1024 cycles of the tensor cores; decompression 238 instructions for each of 8 warps, 476 cycles beside them. A
+// Per block of 64 rows of W and SM, a tile of 256 columns x 128 tokens: 16 wgmma of 64 x 128 x 16 for each warpgroup
+// take 1024 cycles of the tensor cores; decompression 238 instructions for each of 8 warps, 476 cycles beside them. A
 // decompressed weight that went through memory would cost 4 bytes for each of its places, written and read: a fifth of
 // the time of a product with 2048 tokens.
 #pragma once
@@ -17,8 +17,8 @@
 
 namespace sk::sp24 {
 
-// Selectors of permute_bytes that put a group's pair among zeros (byte 4), by its nibble: for columns 0, 1 and for 2, 3.
-// In shared memory, where the tensor cores leave time: computed they would take ten instructions of logic.
+// Selectors of permute_bytes that put a group's pair among zeros (byte 4), by its nibble: for columns 0, 1 and for
+// 2, 3. In shared memory, where the tensor cores leave time: computed they would take ten instructions of logic.
 constexpr int kTableBytes = 16 * 8;
 
 SK_DEVICE void make_table(char* table) {
@@ -31,12 +31,13 @@ SK_DEVICE void make_table(char* table) {
 
 template <Type T, int kTokens, int kStages, int kCluster>
 struct MmTSm90 : MmSm90<T, 2, kTokens, kStages, kCluster> {
-    static_assert(device::is_wide(T) && kTokens % 64 == 0);
-    static constexpr int kColumns = 128;  // of W, of a warpgroup
+    using Base = MmSm90<T, 2, kTokens, kStages, kCluster>;
+    static constexpr int kColumns = 128;                     // of W, of a warpgroup
+    static constexpr int kStagingBytes = 64 * kColumns * 2;  // 64 tokens
     static constexpr bool kImages = false;
-    static constexpr int kTable = MmSm90<T, 2, kTokens, kStages, kCluster>::kSharedBytes;
+    static constexpr int kTable = kStages * Base::kStageBytes + Base::kWarpgroups * kStagingBytes + 256;
     static constexpr int kSharedBytes = kTable + kTableBytes;
-    static_assert(kSharedBytes <= 227 * 1024);
+    static_assert(device::is_wide(T) && kTokens % 64 == 0 && kSharedBytes <= 227 * 1024);
 };
 
 // Of a warp's 32 columns and 16 rows of W: the pairs of lane 4 g + t, of rows g and g + 8 and groups t and 4 + t.
@@ -95,6 +96,7 @@ SK_DEVICE void mm_t_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces<C
     RingPlace<C::kStages> place;
     MmSums<C> acc;
     TransposedFragment w[4];
+    uint32_t a[2][2][4];
 
     Piece piece;
     while (pieces.take(p, piece)) {
@@ -104,7 +106,8 @@ SK_DEVICE void mm_t_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces<C
         const int mine = column_block + warp / 2 < p.row_blocks ? column_block + warp / 2 : p.row_blocks - 1;
         const uint32_t step = warp % 2;
         const int64_t stride = int64_t{p.row_blocks} * block_bytes(T);
-        const char* values = p.fragments + piece.begin * stride + mine * block_bytes(T) + step * kStepBytes + my_lane * 16;
+        const char* values =
+            p.fragments + piece.begin * stride + mine * block_bytes(T) + step * kStepBytes + my_lane * 16;
         const int to_meta = kSteps * kStepBytes - step * (kStepBytes - 8);  // and lanes of a row share 16 bytes
         const auto load = [&](int q) {
             const Vec4 v = load_stream(values + q * 512);
@@ -119,7 +122,6 @@ SK_DEVICE void mm_t_consume(const Mm& p, const MmSm90Shared<C>& shared, Pieces<C
             const uint64_t b = b0 + (place.stage * C::kStageBytes >> 4);
             // Without a branch, before which ptxas would wait for all products: the last block comes once more.
             values += kb + 1 < piece.end ? stride : 0;
-            uint32_t a[2][2][4];
             SK_UNROLL
             for (int q = 0; q < 4; ++q) {
                 // One group of products stays in flight; of those before it the operands are free again.

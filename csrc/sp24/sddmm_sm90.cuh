@@ -2,11 +2,12 @@
 //
 // A dense product by wgmma whose operands both lie in shared memory as they lie in global memory, tokens as rows (the
 // tensor cores read them column by column), and whose epilogue keeps two of every four sums, by the metadata. A tile is
-// 128 rows x 256 columns of W; a producer brings 64 tokens of dY and X at a time, and a cluster's blocks, whose rows are
-// neighbours, share X. Otherwise it is mm_sm90: a ring, persistent blocks, parts of tiles that are added in their order.
+// 128 rows x 256 columns of W; a producer brings 64 tokens of dY and X at a time, and a cluster's blocks, whose rows
+// are neighbours, share X. Otherwise it is mm_sm90: a ring, persistent blocks, parts of tiles that are added in their
+// order.
 //
-// Per stage and SM: two warpgroups' 4 wgmma of 64 x 256 x 16 take 1024 cycles and read 80 KB of shared memory; 16 KB of dY
-// and, with a cluster of two, 16 KB of X come from the second level: 32 bytes a cycle.
+// Per stage and SM: two warpgroups' 4 wgmma of 64 x 256 x 16 take 1024 cycles and read 80 KB of shared memory; 16 KB of
+// dY and, with a cluster of two, 16 KB of X come from the second level: 32 bytes a cycle.
 #pragma once
 #include "mm_sm90.cuh"
 
@@ -180,9 +181,7 @@ sp24_sddmm_sm90(SK_PARAM device::TensorMap dy_map, SK_PARAM device::TensorMap x_
         [&](const auto& shared, const auto& pieces) {
             sddmm_produce<C>(&dy_map, &x_map, p, shared, pieces, row_tiles, column_tiles);
         },
-        [&](const auto& shared, const auto& pieces) {
-            sddmm_consume<C>(p, shared, pieces, row_tiles, column_tiles);
-        });
+        [&](const auto& shared, const auto& pieces) { sddmm_consume<C>(p, shared, pieces, row_tiles, column_tiles); });
 }
 
 }  // namespace sk::sp24

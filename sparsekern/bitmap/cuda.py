@@ -26,6 +26,7 @@ from .._ext import (
     ACTIVATIONS,
     DTYPES,
     capability,
+    code_on,
     cuda,
     emulating,
     known_bias,
@@ -199,8 +200,7 @@ def _choice(layout: Bitmap, m: int, device: torch.device) -> tuple[int, Kernel, 
 
 def _orders(device: torch.device) -> tuple[str, ...]:
     """The orders of records for which kernels were built that this card runs."""
-    hopper = _card(device) == 90 and (emulating() or "90a" in cuda().archs.split(","))
-    return ("sm90", "sm80") if hopper else ("sm80",)
+    return ("sm90", "sm80") if _card(device) == code_on(device) == 90 else ("sm80",)
 
 
 def _card(device: torch.device) -> int:

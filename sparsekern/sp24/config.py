@@ -9,9 +9,15 @@ from typing import NamedTuple
 BLOCK_ROWS = 64
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may have, by architecture
 # The cost model: cycles of one processor. Estimates from the data sheets of Hopper, to be replaced by measurements.
-RATES = {"mm_sm90": 1.0, "mm_sm80": 0.5}  # share of the sparse tensor cores' peak, 4096 multiply-adds of W a cycle
+RATES = {
+    "mm_sm90": 1.0,
+    "mm_sm80": 0.5,
+    "mm_t_sm90": 0.5,
+    "sddmm_sm90": 0.5,
+}  # share of the sparse tensor cores' peak, 4096 multiply-adds of W a cycle
 MEMORY, CACHE = 15.0, 30.0  # bytes a cycle that a processor gets from device memory and from the second level
 LAUNCH = 3000.0
+FAMILIES = {"mm": ("mm_sm90", "mm_sm80", "decode"), "mm_t": ("mm_t_sm90",), "sddmm": ("sddmm_sm90",)}
 GPC = 18  # multiprocessors of one of Hopper's GPCs, at most; a cluster lies in one GPC
 
 
@@ -49,6 +55,7 @@ def candidates(
     capability: int,
     processors: int,
     aligned: bool,
+    op: str = "mm",
     code: int | None = None,
     resident: Sequence[int] | None = None,
     fp8: bool = False,
@@ -57,6 +64,8 @@ def candidates(
 ) -> list[Choice]:
     """Every legal choice for Y[M, N] = X[M, K] W[N, K]^T, the cheapest first.
 
+    op: "mm"; or a gradient, whose kernels are Hopper's alone: "mm_t", dX[M, N] = dY[M, K] W[K, N], or "sddmm",
+    dW[N, M] = dY[K, N]^T X[K, M] (all sizes by their place in the product, not by their names in W).
     capability: ten times the compute capability (90); processors: SMs; aligned: TMA can read x, whose rows begin at
     multiples of 16 bytes and do not overlap; code: the architecture whose code runs there (None: the card's own), which
     has "mm_sm90" on Hopper alone, and no kernel with more shared memory than that architecture; resident: for every
@@ -69,9 +78,9 @@ def candidates(
     room = 1024 * min(SHARED[max(known for known in SHARED if known <= arch)] for arch in (capability, code))
     found = []
     for number, kernel in enumerate(kernels):
-        if kernel.shared_bytes > room:
+        if kernel.family not in FAMILIES[op] or kernel.shared_bytes > room:
             continue
-        if kernel.family == "mm_sm90" and not (capability == code == 90 and aligned):
+        if kernel.family.endswith("_sm90") and not (capability == code == 90 and aligned):
             continue
         if fp8 and capability == 90 and (kernel.family != "mm_sm90" or kernel.accurate == fast_accum):
             continue

@@ -192,22 +192,35 @@ def _launch(
 def mm_t(layout: Sp24, dy: Tensor) -> Tensor:
     """dX = dY W: dy [M, N] -> [M, K].
 
-    Where W^T is 2:4 as well (a transposable mask), `mm` of its fragments; else W is decompressed for cuBLAS.
+    Where W^T is 2:4 as well (a transposable mask), `mm` of its fragments; else Hopper decompresses W in the registers
+    of a dense product, and other cards decompress it for cuBLAS.
     """
     (n, k), m = layout.shape, dy.shape[0]
-    if min(m, n, k) > 0 and transposable(layout):
-        return _product(packed_t(layout), None, dy, dy.new_empty(m, k))
+    if min(m, n, k) > 0:
+        if transposable(layout):
+            return _product(packed_t(layout), None, dy, dy.new_empty(m, k))
+        how = _gradient("mm_t", CUDA_DTYPES[dy.dtype], m, k, n, dy.get_device())
+        if how is not None:
+            dy = word_rows(unit_rows(dy), 16)
+            dx = dy.new_empty(m, k)
+            _launch(how, packed(layout), dy.shape[1], dy, dx, None, None, "none", None, None, 1.0, ())
+            return dx
     return dy @ repack.unpack(layout)
 
 
 def sddmm(layout: Sp24, dy: Tensor, x: Tensor) -> Tensor:
     """dW = dY^T X at the stored positions: dy [M, N], x [M, K] -> [N, Kp / 2].
 
-    cuBLAS forms the dense gradient in slices of rows that stay in the second-level cache, and a kernel gathers each
-    slice before the next one takes its place: the dense gradient never lies in memory as a whole.
+    The dense gradient never lies in memory as a whole. On Hopper a dense product keeps two of every four sums;
+    elsewhere cuBLAS forms it in slices of rows that stay in the second-level cache, and a kernel gathers each slice
+    before the next one takes its place.
     """
-    n, k = layout.shape
+    (n, k), m = layout.shape, x.shape[0]
     dvalues = layout.values.new_empty(layout.values.shape)
+    how = _gradient("sddmm", CUDA_DTYPES[x.dtype], k, n, m, x.get_device()) if min(m, n, k) > 0 else None
+    if how is not None:
+        _sampled(how, layout, word_rows(unit_rows(dy), 16), word_rows(unit_rows(x), 16), dvalues)
+        return dvalues
     step = min(n, slice_rows(k, x.element_size()))
     scratch = x.new_empty(step, k)
     for first in range(0, n, max(step, 1)):
@@ -215,6 +228,34 @@ def sddmm(layout: Sp24, dy: Tensor, x: Tensor) -> Tensor:
         dense = torch.mm(dy[:, first:last].t(), x, out=scratch[: last - first])
         repack.sample(layout.metadata[first:last], dense, dvalues[first:last])
     return dvalues
+
+
+def _sampled(how: Choice, layout: Sp24, dy: Tensor, x: Tensor, dvalues: Tensor) -> None:
+    dtype, stream, metadata = CUDA_DTYPES[x.dtype], stream_of(x), layout.metadata
+    partials = counters = 0
+    if how.streamed:
+        kernel = kernels(dtype)[how.kernel]
+        scratch = workspace(x, kernel.partial_words * how.workers, kernel.counters * how.tiles, stream)
+        partials, counters = scratch[0].data_ptr(), scratch[1].data_ptr()
+    cuda().sp24_sddmm(
+        how.kernel,
+        dtype,
+        dy.data_ptr(),
+        dy.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        metadata.data_ptr(),
+        metadata.stride(0),
+        dvalues.data_ptr(),
+        *layout.shape,
+        dvalues.shape[1] // 2,
+        how.workers,
+        how.streamed,
+        partials,
+        counters,
+        stream,
+    )
 
 
 SLICE = 32 << 20  # bytes of the dense gradient at a time: less than the second-level cache of the cards since Ampere
@@ -316,6 +357,25 @@ def _resident(dtype: int, device: int) -> tuple[int, ...] | None:
             cuda().sp24_resident(dtype, number) if kernel.cluster > 1 else processors
             for number, kernel in enumerate(kernels(dtype))
         )
+
+
+@lru_cache(maxsize=4096)
+def _gradient(op: str, dtype: int, m: int, n: int, k: int, device: int) -> Choice | None:
+    """The heuristic's choice for a gradient, sizes as `candidates` has them; None where no kernel of ours does it."""
+    card = torch.device("cpu") if device < 0 else torch.device("cuda", device)
+    found = candidates(
+        kernels(dtype),
+        m,
+        n,
+        -(-k // 64),
+        op=op,
+        capability=_card(device),
+        processors=multiprocessors(card),
+        aligned=True,
+        code=code_on(card),
+        resident=_resident(dtype, device),
+    )
+    return found[0] if found else None
 
 
 @lru_cache(maxsize=4096)

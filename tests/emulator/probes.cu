@@ -116,6 +116,28 @@ probe_dense_product(const uint32_t* a, const uint32_t* b, float* d) {
     for (int j = 0; j < N / 2; ++j) d[128 * (N / 2) + i * (N / 2) + j] = high[j];
 }
 
+// a [32 tokens][64], b four boxes of [32 tokens][64]: rows of 128 bytes, swizzled; d [128][128] of two steps.
+template <Type T>
+SK_KERNEL(128, 1)
+probe_product_columns(const uint32_t* a, const uint32_t* b, float* d) {
+    char* memory = shared_memory();
+    constexpr int kBox = 32 * 128;
+    const uint32_t i = thread_index();
+    for (int j = i; j < kBox / 4; j += 128) reinterpret_cast<uint32_t*>(memory)[j] = a[j];
+    for (int j = i; j < kBox; j += 128) reinterpret_cast<uint32_t*>(memory + kBox)[j] = b[j];
+    fence_shared_writes();
+    sync_block();
+    float rd[128];
+    const uint64_t at_a = product_descriptor_columns(shared_address(memory), kBox);
+    const uint64_t at_b = product_descriptor_columns(shared_address(memory + kBox), kBox);
+    fence_products();
+    product_columns<T>(rd, at_a, at_b, 0);
+    product_columns<T>(rd, at_a + (2048 >> 4), at_b + (2048 >> 4), 1);
+    commit_products();
+    wait_products<0>();
+    for (int j = 0; j < 128; ++j) d[i * 128 + j] = rd[j];
+}
+
 // `rounds` rounds of eight sparse products of 64 x 256 x 64 bytes from the same operands (zeros), by two warpgroups a
 // block, A from registers or from shared memory: how fast they are is for a clock outside.
 template <Type T, bool kShared>
@@ -442,6 +464,11 @@ void bind_probes(py::module_& m) {
         };
         if (static_cast<Type>(type) == Type::bf16) return run.template operator()<Type::bf16>();
         run.template operator()<Type::f16>();
+    });
+    m.def("probe_product_columns", [](int type, uint64_t a, uint64_t b, uint64_t d) {
+        auto* kernel = static_cast<Type>(type) == Type::bf16 ? probe_product_columns<Type::bf16>
+                                                             : probe_product_columns<Type::f16>;
+        launch("columns", kernel, {1, 1, 128, 5 * 4096}, 0, at<const uint32_t>(a), at<const uint32_t>(b), at<float>(d));
     });
     m.def("probe_rate", [](int type, bool shared, int blocks, int rounds, uint64_t out, uint64_t stream) {
         with_type(type, [&]<Type T>() {
