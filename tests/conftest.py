@@ -112,30 +112,49 @@ def host_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 # On a machine with a GPU the kernels run there; elsewhere in the emulator, under each of its schedules.
-SCHEDULES = ["hardware"] if torch.cuda.is_available() else ["ascending", "descending", "random 1", "random 2"]
+ON_CARD = torch.cuda.is_available()
+SCHEDULES = ["hardware"] if ON_CARD else ["ascending", "descending", "random 1", "random 2"]
+LAUNCHES = SCHEDULES * (4 if ON_CARD else 1)  # a card has no schedules to choose from: it is asked again
 
 
 @pytest.fixture(scope="session")
 def device_module() -> Any:
-    """The GPU kernels and the probes of single instructions: the emulator, built when its sources have changed."""
-    if SCHEDULES != ["hardware"]:
+    """The GPU kernels: those of the card, or the emulator, built when its sources have changed."""
+    if not ON_CARD:
         return build_emulator()
-    parts = {**vars(build_probes()), **vars(_ext.cuda())}
-    return SimpleNamespace(**parts, set_schedule=lambda order, seed: None)
+    reason = _ext.why_not_cuda()
+    if reason is not None:
+        pytest.fail(reason, pytrace=False)
+    return SimpleNamespace(**vars(_ext.cuda()), set_schedule=lambda order, seed: None)
+
+
+@pytest.fixture(scope="session")
+def probes(request: pytest.FixtureRequest) -> Any:
+    """Single instructions (tests/emulator/probes.cu), on a card in a module of their own."""
+    return build_probes() if ON_CARD else request.getfixturevalue("device_module")
+
+
+def runs_fp8_mma_sp() -> bool:
+    """Whether mma.sp of e4m3 runs here: in the emulator, and on cards of 8.9 and 12.x.
+
+    For others it is compiled to a trap (csrc/device/mma.h), which would take the CUDA context and all later tests
+    of the process with it.
+    """
+    return not ON_CARD or _ext.capability(torch.device("cuda", 0)) in (89, 120, 121)
 
 
 @contextmanager
 def running_on_device(module: Any, schedule: str) -> Iterator[Any]:
     """The `cuda` backend: tensors on the GPU, or on the CPU and its kernels emulated under this schedule."""
     order, _, seed = schedule.partition(" ")
-    if order == "hardware":
+    if ON_CARD:
         torch.set_default_device("cuda")
     else:
         module.set_schedule(order, int(seed or 0))
         _ext.emulate(module)
     try:
         yield module
-        if order == "hardware":
+        if ON_CARD:
             torch.cuda.synchronize()
     finally:
         torch.set_default_device(None)
@@ -159,11 +178,29 @@ def emulated_once(device_module: Any) -> Iterator[Any]:
 @pytest.fixture
 def fp8_sums(device_module: Any) -> Iterator[None]:
     """The emulator's tensor cores keep 14 bits of fp8 sums (csrc/device/twin.h), as the hardware does."""
-    if SCHEDULES != ["hardware"]:
+    if not ON_CARD:
         device_module.set_fp8_sum_bits(14)
     yield
-    if SCHEDULES != ["hardware"]:
+    if not ON_CARD:
         device_module.set_fp8_sum_bits(0)
+
+
+@dataclass(frozen=True)
+class Fp8Bounds:
+    """||out - ref|| / ||ref|| of float32 results of e4m3 products: sums left in the tensor cores, or promoted."""
+
+    fast: float
+    promoted: float
+
+
+@pytest.fixture(params=["14 bits"] if ON_CARD else ["float32 sums", "14 bits"])
+def fp8_bounds(request: pytest.FixtureRequest) -> Fp8Bounds:
+    """What e4m3 products must stay within: nearly exact in an emulator whose sums are floats; on a card, and in the
+    emulator with sums like a card's (1.6e-4 fast and 5.6e-5 promoted there), what 14 bits allow."""
+    if request.param == "float32 sums":
+        return Fp8Bounds(2e-6, 2e-6)
+    request.getfixturevalue("fp8_sums")
+    return Fp8Bounds(1e-3, 2e-4)
 
 
 @pytest.fixture(autouse=True)
