@@ -43,6 +43,7 @@ class Case:
     gate: Callable[[Variants], None] | None = None
     note: str = ""
     tags: frozenset[str] = field(default_factory=frozenset)
+    microseconds: tuple[float, ...] = ()  # bars that are times, not ratios (bench/gpu.py)
 
     @property
     def name(self) -> str:

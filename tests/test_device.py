@@ -7,9 +7,11 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ON_CARD, runs_fp8_mma_sp
+from emulator.build import build_probes
 from torch import Tensor
 
 from sparsekern._ext import CUDA_DTYPES, FP8
+from sparsekern._sources import find_nvcc
 from sparsekern.sp24 import fragments
 from sparsekern.sp24 import pack as pack24
 from sparsekern.sp24.layout import Sp24
@@ -71,9 +73,7 @@ def test_mma_sp(probed: ModuleType, dtype: torch.dtype) -> None:
             b, d = b_registers(x), accumulators(dtype, 32, 4)
             want = d_matrix(d, 16).double() + dense[16 * warp :][:16, step * half :][:, :half] @ x.double().t()
             selector = step if dtype in WIDE else 0
-            probed.probe_mma_sp(
-                CUDA_DTYPES[dtype], selector, a.data_ptr(), b.data_ptr(), meta.data_ptr(), d.data_ptr()
-            )
+            probed.probe_mma_sp(CUDA_DTYPES[dtype], selector, a.data_ptr(), b.data_ptr(), meta.data_ptr(), d.data_ptr())
             assert torch.equal(d_matrix(d, 16).double(), want)
 
 
@@ -236,6 +236,13 @@ def test_divide(probed: ModuleType, by: int) -> None:
     out = torch.zeros(32, dtype=torch.int32)
     probed.probe_divide(by, numbers.data_ptr(), out.data_ptr())
     assert torch.equal(out.long(), numbers.long() // by)
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
+def test_nvcc_builds_the_probes() -> None:
+    """For sm_90a, here as on a card: what a card's tests need first of all."""
+    built = {name for name in dir(build_probes()) if name.startswith("probe_")}
+    assert len(built) == 10
 
 
 only_emulated = pytest.mark.skipif(ON_CARD, reason="the hardware refuses nothing")

@@ -1,7 +1,11 @@
-"""Every CUDA C++ kernel once, on small shapes: what compute-sanitizer runs (scripts/gpu)."""
+"""Every CUDA C++ kernel once, on small shapes: what compute-sanitizer runs (scripts/gpu).
+
+Usage: gpu.py [PART ...], of multiply, convolve, rows, planes; without one, all of them.
+"""
 
 from __future__ import annotations
 
+import sys
 from unittest import mock
 
 import torch
@@ -19,11 +23,11 @@ from sparsekern.testing import random_dense, random_weight
 
 
 def main() -> None:
+    parts = {part.__name__: part for part in (multiply, convolve, rows, planes)}
     torch.set_default_device("cuda")
-    multiply()
-    convolve()
-    rows()
-    planes()
+    for name in sys.argv[1:] or parts:
+        parts[name]()
+    torch.cuda.synchronize()
 
 
 def report(what: str, y: Tensor, want: Tensor, most: float) -> None:
