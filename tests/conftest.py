@@ -1,5 +1,5 @@
-"""The `backend` fixture: a numerics test runs on the oracle, on every instruction set of the host kernels, and on
-the Triton kernels in Triton's interpreter (on a machine with a GPU test_bsr_triton.py runs them there instead).
+"""The `backend` fixture: a numerics test runs on the oracle, on every instruction set of the host kernels, and on the
+GPU's backends: where there is a GPU on CUDA tensors, elsewhere in the emulator and in Triton's interpreter.
 
 A backend that gives a reason why it cannot run a case must raise it when it is asked for by name; such
 refusals are counted and listed at the end of the run, so that nothing is skipped in silence.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,8 @@ from sparsekern import _ext, dispatch
 from sparsekern._library import MM, MM_T, SDDMM
 from sparsekern.layout import Layout
 from sparsekern.testing import host_isa
+
+ON_CARD = torch.cuda.is_available()
 
 settings.register_profile(
     "sparsekern",
@@ -53,13 +55,20 @@ def host_isas() -> list[str]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute: the oracle, the host kernels at one instruction set, Triton. Goes through torch.ops."""
+    """One way to compute: a backend on a device, the host kernels at one instruction set. Goes through torch.ops."""
 
     name: str
     isa: str | None = None
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        return self.name if self.isa is None else f"{self.name}[{self.isa}]"
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{self.name}{where}" if self.isa is None else f"{self.name}[{self.isa}]"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether a GPU's kernels run on the CPU, which is slow."""
+        return self.device == "cpu" and self.name in ("cuda", "triton")
 
     def runs(self, op: str, layout: Layout, x: Tensor) -> bool:
         """Whether it can run this case; where not, proves that it refuses with its reason, and notes it."""
@@ -95,13 +104,18 @@ BACKENDS = [
     Backend("ref"),
     *(Backend("host", isa) for isa in host_isas()),
     *([Backend("triton")] if _ext.why_not_triton(torch.device("cpu")) is None else []),
+    *([] if ON_CARD else [Backend("cuda")]),
+    *(Backend(name, device="cuda") for name in ("cuda", "triton", "vendor", "ref") if ON_CARD),
 ]
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with host_isa(request.param.isa):
-        yield request.param
+    chosen = request.param
+    on_gpu = chosen.name == "cuda" or chosen.device == "cuda"
+    module = request.getfixturevalue("device_module") if chosen.name == "cuda" else None
+    with host_isa(chosen.isa), running_on_device(module, SCHEDULES[-1]) if on_gpu else nullcontext():
+        yield chosen
 
 
 @pytest.fixture(params=[b for b in BACKENDS if b.name == "host"], ids=str)
@@ -112,7 +126,6 @@ def host_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 # On a machine with a GPU the kernels run there; elsewhere in the emulator, under each of its schedules.
-ON_CARD = torch.cuda.is_available()
 SCHEDULES = ["hardware"] if ON_CARD else ["ascending", "descending", "random 1", "random 2"]
 LAUNCHES = SCHEDULES * (4 if ON_CARD else 1)  # a card has no schedules to choose from: it is asked again
 
@@ -147,8 +160,12 @@ def runs_fp8_mma_sp() -> bool:
 def running_on_device(module: Any, schedule: str) -> Iterator[Any]:
     """The `cuda` backend: tensors on the GPU, or on the CPU and its kernels emulated under this schedule."""
     order, _, seed = schedule.partition(" ")
+    reduced = torch.backends.cuda.matmul
+    before = reduced.allow_fp16_reduced_precision_reduction, reduced.allow_bf16_reduced_precision_reduction
     if ON_CARD:
         torch.set_default_device("cuda")
+        # Where a product is cuBLAS's: partial sums of 16 bits are not what is tested here.
+        reduced.allow_fp16_reduced_precision_reduction = reduced.allow_bf16_reduced_precision_reduction = False
     else:
         module.set_schedule(order, int(seed or 0))
         _ext.emulate(module)
@@ -159,6 +176,7 @@ def running_on_device(module: Any, schedule: str) -> Iterator[Any]:
     finally:
         torch.set_default_device(None)
         _ext.emulate(None)
+        reduced.allow_fp16_reduced_precision_reduction, reduced.allow_bf16_reduced_precision_reduction = before
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -211,16 +229,22 @@ def _quiet() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The interpreter is slow: of the tests with the fixture it runs those marked `interpreted`, no others."""
+    """Simulated GPUs are slow: of the tests with the fixture they run those marked `interpreted`, no others.
+
+    What runs on the CPU's backends is marked `on_cpu`, so that scripts/gpu can leave it out.
+    """
 
     def too_slow(item: pytest.Item) -> bool:
-        given = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
-        return isinstance(given, Backend) and given.name == "triton" and item.get_closest_marker("interpreted") is None
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        given = params.get("backend", params.get("host_backend"))
+        if isinstance(given, Backend) and given.device == "cpu" and not given.simulated:
+            item.add_marker(pytest.mark.on_cpu)
+        return isinstance(given, Backend) and given.simulated and item.get_closest_marker("interpreted") is None
 
-    slow = [item for item in items if too_slow(item)]
+    slow = {id(item): item for item in items if too_slow(item)}
     if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not too_slow(item)]
+        config.hook.pytest_deselected(items=list(slow.values()))
+        items[:] = [item for item in items if id(item) not in slow]
 
 
 @pytest.hookimpl(trylast=True)

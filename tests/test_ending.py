@@ -68,6 +68,7 @@ def test_words(backend: Backend, case: Case, dtype: torch.dtype) -> None:
 
 @param(QUANTISED)
 @param((torch.int8, FP8), "dtype")
+@pytest.mark.interpreted
 def test_quantised(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     """Weights with a scale per row, activations with one per token: what torch._scaled_mm does."""
     layout = quantised(case, dtype)
@@ -79,7 +80,10 @@ def test_quantised(backend: Backend, case: Case, dtype: torch.dtype) -> None:
             residual = random_dense(m, N, dtype=out or torch.float32, seed=5) if plus else None
             scale = x_scale if scaled else None
             y = MM[case.format](*layout.parts, x, None, "gelu", backend.name, scale, residual, out, False)
-            assert_close(y, reference(layout.to_dense(), x, None, "gelu", scale, residual), out or torch.float32)
+            assert y.dtype == (out or torch.float32)
+            tensor_cores = dtype == FP8 and backend.device == "cuda"  # they keep 14 bits of the sums
+            tol = max(TOLERANCE[y.dtype], 2e-3 if tensor_cores else 0)
+            assert_close(y, reference(layout.to_dense(), x, None, "gelu", scale, residual), tol=tol)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, FP8, torch.bfloat16], ids=str)

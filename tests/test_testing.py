@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ON_CARD
 from torch import Tensor
 
 from sparsekern import testing
@@ -211,6 +212,15 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 0.02 <= times["waits for the host"].median < 1.0
     assert card.flushes == 3 * (6 + 2), "cold every time"
     assert set(card.entered) == {torch.device("cuda", 1)}
+
+
+@pytest.mark.skipif(not ON_CARD, reason="needs a GPU")
+def test_a_card_is_timed() -> None:
+    """A product takes what its multiplications take, not what its launch does."""
+    a, b = (torch.randn(n, n, device="cuda").half() for n in (8192, 64))
+    times = measure({"large": lambda: a @ a, "small": lambda: b @ b}, repeats=10, device="cuda")
+    assert times["large"].median > 2 * 8192**3 / 3e15, "more than any card multiplies in a second"
+    assert times["large"].median > 5 * times["small"].median
 
 
 def test_single_thread() -> None:
