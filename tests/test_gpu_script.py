@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPT = run_path(str(ROOT / "scripts" / "gpu"))
 FINE = "def test_fine(): pass\n"
+KERNEL = re.compile(r"SK_KERNEL\([^)]*\)\s*(\w+)\(")
 STAGES = ("build", "device", "tests", "triton", "sanitize", "bench")
 
 
@@ -35,7 +36,7 @@ def tree(tmp_path: Path) -> Path:
         "bench/run.py": "import sys\nopen(sys.argv[sys.argv.index('--out') + 1], 'w').write(' '.join(sys.argv[1:]))\n",
         "build/cuda-x/unit.o.log": "ptxas info: 40 registers\n",
         "bin/nvidia-smi": "#!/bin/sh\necho a card\n",
-        "bin/compute-sanitizer": '#!/bin/sh\necho "sanitizer $*"\ncase "$*" in *racecheck*rows*) exit 9;; esac\n',
+        "bin/compute-sanitizer": '#!/bin/sh\necho "sanitizer $*"\ncase "$*" in *racecheck*planes*) exit 9;; esac\n',
     }
     for name, text in made.items():
         file = tmp_path / "tree" / name
@@ -88,7 +89,7 @@ def test_every_stage(tree: Path) -> None:
     assert told["tests"].count(";") == 1, "no other file failed"
     assert "ValueError: wrong" in done.stdout
     assert told["triton"].startswith("ok")
-    assert told["sanitize"].split(": ", 1)[1] == "racecheck rows: exit 9"
+    assert told["sanitize"].split(": ", 1)[1] == "racecheck planes: exit 9"
     assert told["bench"].startswith("ok")
     log = (tree / "out" / "build.log").read_text()
     assert "building" in log
@@ -96,7 +97,7 @@ def test_every_stage(tree: Path) -> None:
     sanitizer = (tree / "out" / "sanitize.log").read_text()
     for tool in SCRIPT["TOOLS"]:
         for part in SCRIPT["PARTS"]:
-            assert re.search(rf"sanitizer --tool {tool} .*kns=_ZN2sk .*gpu.py {part}$", sanitizer, re.M)
+            assert re.search(rf"sanitizer --tool {tool} .*kns=\w+_ .*gpu.py {part}$", sanitizer, re.M)
     words = (tree / "out" / "gpu.json").read_text().split()
     assert words[:4] == ["gpu_prefill", "gpu_decode", "--device", "cuda"]
     assert 20 < float(words[words.index("--seconds") + 1]) < 560
@@ -163,6 +164,7 @@ def test_no_test_of_a_card_is_forgotten() -> None:
         "test_device": "its own stage",
         "test_bsr_triton": "its own stage",
         "test_bench_gpu": "the bench itself",
+        "test_default_device": "about tensors of the CPU",
         "test_codegen": "looks at what was compiled, not at a card",
         "test_sanitize": "the sanitize stage",
         "test_cli": "asks for the words of a machine, not for its card",
@@ -178,4 +180,11 @@ def test_no_test_of_a_card_is_forgotten() -> None:
 def test_the_sanitizers_parts_are_those_of_its_script() -> None:
     from sanitize import gpu
 
-    assert all(callable(getattr(gpu, part)) for part in SCRIPT["PARTS"])
+    assert set(gpu.PARTS) == set(SCRIPT["PARTS"])
+
+
+def test_the_sanitizers_filters_name_every_kernel() -> None:
+    """What is in a kernel's name, mangled or not; a kernel of another name would go unchecked."""
+    launched = {name for file in (ROOT / "csrc").glob("*/*.cuh") for name in KERNEL.findall(file.read_text())}
+    assert len(launched) > 8
+    assert {name for name in launched if not name.startswith(tuple(SCRIPT["PARTS"].values()))} == set()
