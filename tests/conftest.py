@@ -231,7 +231,7 @@ def _quiet() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Simulated GPUs are slow: of the tests with the fixture they run those marked `interpreted`, no others.
 
-    What runs on the CPU's backends is marked `on_cpu`, so that scripts/gpu can leave it out.
+    What runs on the CPU's backends is marked `on_cpu`, and what Triton must compile `on_triton`, for scripts/gpu.
     """
 
     def too_slow(item: pytest.Item) -> bool:
@@ -239,6 +239,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         given = params.get("backend", params.get("host_backend"))
         if isinstance(given, Backend) and given.device == "cpu" and not given.simulated:
             item.add_marker(pytest.mark.on_cpu)
+        if isinstance(given, Backend) and given.name == "triton":
+            item.add_marker(pytest.mark.on_triton)
         return isinstance(given, Backend) and given.simulated and item.get_closest_marker("interpreted") is None
 
     slow = {id(item): item for item in items if too_slow(item)}

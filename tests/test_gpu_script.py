@@ -19,6 +19,11 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = run_path(str(ROOT / "scripts" / "gpu"))
 FINE = "def test_fine(): pass\n"
 KERNEL = re.compile(r"SK_KERNEL\([^)]*\)\s*(\w+)\(")
+CONFTEST = """
+def pytest_configure(config):
+    for name in ("on_cpu", "on_triton"):
+        config.addinivalue_line("markers", name)
+"""
 STAGES = ("build", "device", "tests", "triton", "sanitize", "bench")
 
 
@@ -27,6 +32,8 @@ def tree(tmp_path: Path) -> Path:
     """A project like this one whose tests take no time."""
     names = [*SCRIPT["ON_CARD"], "test_device", "test_bsr_triton", "test_sp24_cuda"]
     made = {f"tests/{name}.py": FINE for name in names}
+    made["tests/conftest.py"] = CONFTEST
+    made["tests/test_bsr_triton.py"] = f"import pytest\npytestmark = pytest.mark.on_triton\n{FINE}"
     made |= {
         "setup.py": "print('building')\n",
         "tests/emulator/build.py": "raise SystemExit('no probes')\n",
@@ -111,17 +118,18 @@ def test_what_hangs_is_interrupted_and_told(tree: Path) -> None:
     """At the end of its time pytest reports what it did; what does not listen is killed; the deadline holds."""
     sleeps = "import time\ndef test_first(): pass\ndef test_hangs(): time.sleep(100)\n"
     (tree / "tests" / "test_sp24_cuda.py").write_text(sleeps)
-    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + sleeps
+    marked = "import pytest, signal, time\npytestmark = pytest.mark.on_triton\n"
+    deaf = f"{marked}signal.signal(signal.SIGINT, signal.SIG_IGN)\n{sleeps}"
     (tree / "tests" / "test_bsr_triton.py").write_text(deaf)
     began = time.monotonic()
     done = call(tree, "tests", "triton", GPU_SECONDS="40", JOBS="8")
     assert time.monotonic() - began < 46
     assert re.search(r"^gpu: tests: FAILED, \d+ s: test_sp24_cuda: stopped after its \d+ s$", done.stdout, re.M)
-    assert re.search(r"^gpu: triton: FAILED, \d+ s: test_bsr_triton: stopped after its \d+ s$", done.stdout, re.M)
+    assert re.search(r"^gpu: triton: FAILED, \d+ s: triton: stopped after its \d+ s$", done.stdout, re.M)
     assert "test_sp24_cuda.py::test_hangs" in (tree / "out" / "tests.log").read_text()
     seen = cases(tree)
     assert seen["tests.test_sp24_cuda test_first"] == "passed"
-    assert seen["test_bsr_triton all of the file"] == "error"
+    assert seen["triton all of the file"] == "error"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +170,7 @@ def test_no_test_of_a_card_is_forgotten() -> None:
     )
     instead = {
         "test_device": "its own stage",
-        "test_bsr_triton": "its own stage",
+        "test_bsr_triton": "the triton stage",
         "test_bench_gpu": "the bench itself",
         "test_default_device": "about tensors of the CPU",
         "test_codegen": "looks at what was compiled, not at a card",
@@ -174,6 +182,10 @@ def test_no_test_of_a_card_is_forgotten() -> None:
     using = {file.stem for file in (ROOT / "tests").glob("test_*.py") if wanted(file)}
     run = {file.stem for file in (ROOT / "tests").glob("test_*_cuda.py")} | set(SCRIPT["ON_CARD"])
     assert using - run == set(instead)
+    wanted = lambda file: "on_triton" in file.read_text() or "backend: Backend" in file.read_text()  # noqa: E731
+    assert {file.stem for file in (ROOT / "tests").glob("test_*.py") if wanted(file)} - {"test_gpu_script"} == set(
+        SCRIPT["ON_TRITON"]
+    )
     assert {name for name in run if not (ROOT / "tests" / f"{name}.py").exists()} == set()
 
 
