@@ -29,7 +29,7 @@ SMALL: dict[Any, dict[str, Any]] = {
         "MANY_TOKENS": (24, 40, 48),
         "MIDDLE": [(64, 64)],
         "MIDDLE_TOKENS": (70,),
-        "FEW": [(64, 128), (128, 64)],
+        "FEW": [(64, 64), (128, 64)],
         "IMAGES": 1,
         "IMAGE_SHAPES": ((64, 4), (256, 3)),
         "COPIED": 1 << 10,

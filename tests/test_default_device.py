@@ -20,7 +20,8 @@ import sparsekern as sk
 from sparsekern import testing
 from sparsekern.conv import weight_of
 from sparsekern.functional import conv2d
-from sparsekern.nn import SparseConv2d, SparseLinear
+from sparsekern.nn import DynamicSparseLinear, SparseConv2d, SparseLinear
+from sparsekern.sp24.dynamic import MASKS
 from sparsekern.testing import assert_close, random_dense, reference_mm, reference_mm_t, reference_sddmm
 
 CASES = (Case("sp24"), Case("bsr", (16, 16)), Case("csr"), Case("bitmap"))
@@ -100,6 +101,22 @@ def test_modules_train(case: Case) -> None:
     assert_close(after.detach(), reference_mm(weight.detach(), x, sparse.bias.detach()), torch.float32)
     assert given.grad is not None
     assert given.grad.device.type == "cpu"
+
+
+@pytest.mark.skipif(ON_CARD, reason="there tests/test_sp24_grad_cuda.py keeps its tensors on the card")
+@pytest.mark.parametrize("backend", ["cuda", None])
+@pytest.mark.parametrize("mask", MASKS)
+def test_dynamic_training(device_module: Any, mask: str, backend: str | None) -> None:
+    dtype = torch.float16 if backend else torch.float32
+    layer, x = DynamicSparseLinear(64, 72, dtype=dtype, mask=mask, decay=0.1), random_dense(5, 64, dtype=dtype, seed=1)
+    layer.backend = backend
+    with running_on_device(device_module, SCHEDULES[-1]), elsewhere():
+        y = layer(x)
+        y.sum().backward()
+        kept = layer.packed().unpack()
+    assert_close(y.detach(), reference_mm(kept, x, layer.bias.detach()), dtype)
+    assert layer.weight.grad is not None
+    assert torch.isfinite(layer.weight.grad).all()
 
 
 @param(CASES)
