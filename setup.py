@@ -91,13 +91,6 @@ def wanted_isas(cxx: list[str]) -> list[str]:
     return [name for name in asked if name not in refused]
 
 
-def find_nvcc() -> str | None:
-    """The nvcc in CUDACXX, below CUDA_HOME, or on PATH."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    below = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
-    return shutil.which(os.environ.get("CUDACXX", "nvcc")) or below or shutil.which("/usr/local/cuda/bin/nvcc")
-
-
 def why_not_cuda(nvcc: str | None) -> str | None:
     """What this machine lacks to build the GPU kernels, or None where they can be built."""
     if os.environ.get("SPARSEKERN_CUDA_ARCHS") == "none":
@@ -246,7 +239,8 @@ class NinjaBuild(build_ext):
     """Writes build.ninja and runs it; without a compiler the package installs with its torch backend only."""
 
     def build_extension(self, ext: Extension) -> None:
-        cxx, nvcc, on_gpu = find_compiler(), find_nvcc(), ext.name.endswith("_cuda")
+        nvcc = runpy.run_path(str(ROOT / "sparsekern" / "_sources.py"))["find_nvcc"]()
+        cxx, on_gpu = find_compiler(), ext.name.endswith("_cuda")
         missing = why_not_host(cxx)
         if on_gpu:
             if os.environ.get("SPARSEKERN_SANITIZE"):

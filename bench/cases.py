@@ -43,6 +43,7 @@ class Case:
     gate: Callable[[Variants], None] | None = None
     note: str = ""
     tags: frozenset[str] = field(default_factory=frozenset)
+    microseconds: tuple[float, ...] = ()  # bars that are times, not ratios (bench/gpu.py)
 
     @property
     def name(self) -> str:
@@ -62,7 +63,7 @@ def _gate(tolerance: float) -> Callable[[Variants], None]:
             if not isinstance(result, Tensor) or result.shape != results[ours].shape:
                 continue
             error = (results[ours].double() - result.double()).norm() / result.double().norm().clamp_min(1e-30)
-            if not float(error) < tolerance:
+            if not float(error.detach()) < tolerance:
                 raise AssertionError(
                     f"{ours} differs from {name} by {float(error):.2e} (relative), allowed {tolerance}"
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,6 +56,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gpu": _gpu() or "none",
+        **gpu_state("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit"),
         "triton": _version("triton"),
         "sparsekern": _version("sparsekern"),
         "commit": _commit(),
@@ -78,6 +80,17 @@ def _gpu() -> str | None:
     return f"{properties.name}, {properties.total_memory >> 30} GiB, CUDA {torch.version.cuda}"
 
 
+def gpu_state(*fields: str) -> dict[str, str]:
+    """What nvidia-smi says of the first GPU, by its names of fields; nothing where there is none to ask."""
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {}
+    return dict(zip(fields, (value.strip() for value in done.stdout.splitlines()[0].split(",")), strict=True))
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -94,8 +107,11 @@ def _commit() -> str:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
+    """Replaces the file whole: a run that is cut off leaves what it had before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    new.replace(path)
 
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:

@@ -1,4 +1,4 @@
-"""Gate, time, record: python -m bench.run [GROUP ...] [--device cuda] [--out FILE] [--repeats N].
+"""Gate, time, record: python -m bench.run [GROUP ...] [--device cuda] [--out FILE] [--repeats N] [--seconds S].
 
 GROUP is one of bench/cases.py; without one, all that the README shows. Every case is checked before it is timed. A row
 holds the median and the spread of each variant, each bar with its ratio and whether it was met, and the machine;
@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,7 @@ from rich.table import Table
 from sparsekern.testing import measure, threads
 
 from . import cases as catalogue
-from . import gpu, report
+from . import gpu, gpu_data, report
 
 
 def run(case: catalogue.Case, repeats: int) -> dict[str, Any]:
@@ -71,6 +76,34 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+@dataclass
+class Run:
+    """The rows so far, and where they are kept."""
+
+    out: Path | None
+    machine: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    clocks: dict[str, dict[str, str]] = field(default_factory=dict)  # of the GPU, at the end of each group
+    unreached: list[str] = field(default_factory=list)  # cases for which no time was left
+
+    @classmethod
+    def begun(cls, out: Path | None, resume: bool) -> Run:
+        """A new one, or that of the file; its rows are not measured again."""
+        if not (resume and out and out.exists()):
+            return cls(out, report.machine())
+        old = json.loads(out.read_text())
+        return cls(out, old["machine"], old["rows"], old.get("clocks", {}))
+
+    def save(self) -> None:
+        """After every case: a run that is cut off leaves what it has."""
+        if self.out:
+            more = {name: kept for name in ("clocks", "unreached") if (kept := getattr(self, name))}
+            report.save(self.out, {"machine": self.machine, **more, "rows": self.rows})
+
+    def has(self, case: catalogue.Case) -> bool:
+        return any((row["group"], row["params"]) == (case.group, case.params) for row in self.rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*catalogue.GROUPS, *gpu.GROUPS, []]
@@ -78,28 +111,41 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose groups are run")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after these no case is begun")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --out and measure the others")
     args = parser.parse_args()
-    console = report.console()
-    rows: list[dict[str, Any]] = []
     groups = gpu.GROUPS if args.device == "cuda" else catalogue.GROUPS
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
     if strange := set(args.groups) - set(groups):
         parser.error(f"{', '.join(sorted(strange))}: not a group of --device {args.device}")
-    for group in args.groups or (groups if args.device == "cuda" else catalogue.TABLES):
-        made = []
+    chosen = args.groups or list(groups if args.device == "cuda" else catalogue.TABLES)
+    begin, console, done = time.monotonic(), report.console(), Run.begun(args.out, args.resume)
+    for group in chosen:
         for case in groups[group]():
-            row = gpu.run(case, args.repeats) if args.device == "cuda" else run(case, args.repeats)
-            made.append(row)
-            console.print(f"[dim]{escape(case.name)}[/dim]", highlight=False)
-            if args.out:  # after every case: a run that is cut off leaves what it has
-                report.save(args.out, {"machine": report.machine(), "rows": rows + made})
-        show(made, console)
-        rows += made
-    if args.out:
-        args.out.write_text(json.dumps({"machine": report.machine(), "rows": rows}, indent=1) + "\n")
-    if any("error" in row for row in rows):
-        raise SystemExit("a gate failed: its row has no time")
+            if done.has(case):
+                continue
+            left = args.seconds - (time.monotonic() - begin)
+            if left <= 0:
+                done.unreached.append(case.name)
+                continue
+            console.print(f"[dim]{escape(case.name)}[/dim]", highlight=False)  # before: one that hangs is named, too
+            done.rows.append(gpu.run(case, args.repeats) if args.device == "cuda" else run(case, args.repeats))
+            done.save()
+            if args.device == "cuda" and args.out and gpu.broken():
+                console.print("a kernel's fault ended this process's use of the GPU: a new one goes on")
+                own = ["--device", "cuda", "--out", str(args.out), "--repeats", str(args.repeats), "--resume"]
+                within = [] if math.isinf(args.seconds) else ["--seconds", str(max(0.0, left))]
+                os.execv(sys.executable, [sys.executable, "-m", "bench.run", *args.groups, *own, *within])
+        if args.device == "cuda":
+            gpu_data.forget()
+            done.clocks[group] = report.gpu_state("clocks.sm", "clocks.mem", "temperature.gpu")
+        show([row for row in done.rows if row["group"] == group], console)
+    done.save()
+    if done.unreached:
+        console.print(f"no time was left for {len(done.unreached)} cases, from {escape(done.unreached[0])} on")
+    if any("error" in row for row in done.rows):
+        raise SystemExit("a case failed, or its gate: its row has no time")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def _index(w: Rows, tokens: int) -> tuple[Tensor | None, int]:
         return None, 0
 
     def make() -> Tensor:
-        index = torch.empty(host().csr_plan_bytes(n, k, col.shape[0], tile), dtype=torch.uint8)
+        index = torch.empty(host().csr_plan_bytes(n, k, col.shape[0], tile), dtype=torch.uint8, device="cpu")
         host().csr_plan(crow.data_ptr(), col.data_ptr(), n, k, tile, index.data_ptr(), torch.get_num_threads())
         return index
 
@@ -72,7 +72,9 @@ def _stream(w: Rows, index: Tensor, tile: int) -> _Stream:
     elif stream.copy is None:
         n, k = w.shape
         dtype = DTYPES[values.dtype]
-        stream.copy = torch.empty(host().csr_stream_bytes(n, k, col.shape[0], tile, dtype), dtype=torch.uint8)
+        stream.copy = torch.empty(
+            host().csr_stream_bytes(n, k, col.shape[0], tile, dtype), dtype=torch.uint8, device="cpu"
+        )
         host().csr_stream(
             values.data_ptr(),
             dtype,

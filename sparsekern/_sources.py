@@ -1,9 +1,11 @@
-"""Which C++ sources a compiled module is made of. Imports no torch: setup.py runs this file, too."""
+"""Which C++ sources a compiled module is made of, and by which nvcc. Imports no torch: setup.py runs this file, too."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import shutil
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -36,3 +38,10 @@ def cuda_units(folder: Path = CSRC) -> list[tuple[Path, str, str | None]]:
             name = "_".join(filter(None, (source.parent.name, source.stem, kind)))
             units.append((source, name, kind))
     return units + [(source, f"bind_{source.stem}", None) for source in sorted(folder.glob("cuda/*.cpp"))]
+
+
+def find_nvcc() -> str | None:
+    """The nvcc in CUDACXX, on PATH, below CUDA_HOME (or CUDA_PATH), or in /usr/local/cuda; None where there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    below = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
+    return shutil.which(os.environ.get("CUDACXX", "nvcc")) or below or shutil.which("/usr/local/cuda/bin/nvcc")

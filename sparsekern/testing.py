@@ -369,17 +369,20 @@ def measure(
     cold: bool = False,
     seconds: float | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Times the variants against each other, fairly: every round calls each once, in a new random order.
 
     A machine that slows down for a while slows all of them. `inputs`: each round passes the next of these to
     every variant, in rotation, so that no activation stays in a cache where a real model would not keep it.
     `cold` evicts the caches before every call. `seconds` ends the rounds early once so much time is spent (at
-    least five rounds are made). CPU only: a call must have finished when it returns.
+    least five rounds are made). `device`: where the calls compute; on "cpu" a call must have finished when it
+    returns. On a GPU caches are always cold, and a call takes what the GPU takes between two events or what the
+    host takes to launch it, whichever is longer: of a model's many calls the other one is hidden.
     """
     order, rng = list(variants), random.Random(seed)
-    times: dict[str, list[float]] = {name: [] for name in order}
-    evict = _evictor() if cold else None
+    clock = _CardClock(torch.device(device)) if torch.device(device).type == "cuda" else _HostClock(cold)
+    times: dict[str, list[Callable[[], float]]] = {name: [] for name in order}
     begin = time.perf_counter()
     for turn in range(-warmup, repeats):
         if seconds is not None and turn >= 5 and time.perf_counter() - begin > seconds:
@@ -387,15 +390,56 @@ def measure(
         rng.shuffle(order)
         args = () if inputs is None else (inputs[turn % len(inputs)],)
         for name in order:
-            call = variants[name]
-            if evict is not None:
-                evict()
+            spent = clock.time(variants[name], args)
+            if turn >= 0:
+                times[name].append(spent)
+        clock.finish()
+    return {name: timing([spent() for spent in times[name]]) for name in variants}
+
+
+class _HostClock:
+    """Times calls that have finished when they return."""
+
+    def __init__(self, cold: bool) -> None:
+        self._evict = _evictor() if cold else lambda: None
+
+    def time(self, call: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], float]:
+        """Makes the call; its seconds can be asked for after `finish`."""
+        self._evict()
+        start = time.perf_counter_ns()
+        call(*args)
+        spent = time.perf_counter_ns() - start
+        return lambda: spent * 1e-9
+
+    def finish(self) -> None:
+        """Waits for all calls."""
+
+
+class _CardClock:
+    """Times calls that launch work on a GPU's current stream.
+
+    Before each the second-level cache is written over. That also keeps the GPU busy while the host launches the call,
+    so that the time between the events is the GPU's alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.empty(max(size, 128 << 20), dtype=torch.int8, device=device)
+
+    def time(self, call: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], float]:
+        with torch.cuda.device(self._device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._buffer.zero_()
+            begin.record()
             start = time.perf_counter_ns()
             call(*args)
             spent = time.perf_counter_ns() - start
-            if turn >= 0:
-                times[name].append(spent * 1e-9)
-    return {name: timing(times[name]) for name in variants}
+            end.record()
+        return lambda: max(spent * 1e-9, begin.elapsed_time(end) * 1e-3)
+
+    def finish(self) -> None:
+        torch.cuda.synchronize(self._device)
 
 
 def last_level_cache() -> int:

@@ -297,20 +297,26 @@ def foreign_load() -> float:
 
 
 def measure(
-    dense: Callable[[], Any], variants: Mapping[str, Callable[[], Any]], *, m: int = 0, seconds: float = 0.3
+    dense: Callable[[], Any],
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    m: int = 0,
+    seconds: float = 0.3,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Record]:
     """Times every variant against `dense`: interleaved rounds in random order, medians, in this process.
 
-    Under no_grad and with the current number of threads. `seconds` is what the rounds may take (at least five
-    are made); where they leave more than STEADY of uncertainty, twice as many follow, up to two times, and
-    the steadiest run counts. Returns a Record for every variant.
+    Under no_grad and with the current number of threads; on a GPU, `device`, as `testing.measure` says. `seconds`
+    is what the rounds may take (at least five are made); where they leave more than STEADY of uncertainty, twice
+    as many follow, up to two times, and the steadiest run counts. Returns a Record for every variant.
     """
     from .testing import measure as interleave
 
     runs: list[dict[str, Record]] = []
     for longer in (1, 2, 4):
         with torch.no_grad():
-            times = interleave({"dense": dense, **variants}, repeats=200 * longer, warmup=2, seconds=longer * seconds)
+            both, rounds = {"dense": dense, **variants}, 200 * longer
+            times = interleave(both, repeats=rounds, warmup=2, seconds=longer * seconds, device=device)
         base = times.pop("dense")
         runs.append(
             {

@@ -1,5 +1,5 @@
-"""The `backend` fixture: a numerics test runs on the oracle, on every instruction set of the host kernels, and on
-the Triton kernels in Triton's interpreter (on a machine with a GPU test_bsr_triton.py runs them there instead).
+"""The `backend` fixture: a numerics test runs on the oracle, on every instruction set of the host kernels, and on the
+GPU's backends: where there is a GPU on CUDA tensors, elsewhere in the emulator and in Triton's interpreter.
 
 A backend that gives a reason why it cannot run a case must raise it when it is asked for by name; such
 refusals are counted and listed at the end of the run, so that nothing is skipped in silence.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,8 @@ from sparsekern import _ext, dispatch
 from sparsekern._library import MM, MM_T, SDDMM
 from sparsekern.layout import Layout
 from sparsekern.testing import host_isa
+
+ON_CARD = torch.cuda.is_available()
 
 settings.register_profile(
     "sparsekern",
@@ -53,13 +55,20 @@ def host_isas() -> list[str]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute: the oracle, the host kernels at one instruction set, Triton. Goes through torch.ops."""
+    """One way to compute: a backend on a device, the host kernels at one instruction set. Goes through torch.ops."""
 
     name: str
     isa: str | None = None
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        return self.name if self.isa is None else f"{self.name}[{self.isa}]"
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{self.name}{where}" if self.isa is None else f"{self.name}[{self.isa}]"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether a GPU's kernels run on the CPU, which is slow."""
+        return self.device == "cpu" and self.name in ("cuda", "triton")
 
     def runs(self, op: str, layout: Layout, x: Tensor) -> bool:
         """Whether it can run this case; where not, proves that it refuses with its reason, and notes it."""
@@ -95,13 +104,18 @@ BACKENDS = [
     Backend("ref"),
     *(Backend("host", isa) for isa in host_isas()),
     *([Backend("triton")] if _ext.why_not_triton(torch.device("cpu")) is None else []),
+    *([] if ON_CARD else [Backend("cuda")]),
+    *(Backend(name, device="cuda") for name in ("cuda", "triton", "vendor", "ref") if ON_CARD),
 ]
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with host_isa(request.param.isa):
-        yield request.param
+    chosen = request.param
+    on_gpu = chosen.name == "cuda" or chosen.device == "cuda"
+    module = request.getfixturevalue("device_module") if chosen.name == "cuda" else None
+    with host_isa(chosen.isa), running_on_device(module, SCHEDULES[-1]) if on_gpu else nullcontext():
+        yield chosen
 
 
 @pytest.fixture(params=[b for b in BACKENDS if b.name == "host"], ids=str)
@@ -112,34 +126,57 @@ def host_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 # On a machine with a GPU the kernels run there; elsewhere in the emulator, under each of its schedules.
-SCHEDULES = ["hardware"] if torch.cuda.is_available() else ["ascending", "descending", "random 1", "random 2"]
+SCHEDULES = ["hardware"] if ON_CARD else ["ascending", "descending", "random 1", "random 2"]
+LAUNCHES = SCHEDULES * (4 if ON_CARD else 1)  # a card has no schedules to choose from: it is asked again
 
 
 @pytest.fixture(scope="session")
 def device_module() -> Any:
-    """The GPU kernels and the probes of single instructions: the emulator, built when its sources have changed."""
-    if SCHEDULES != ["hardware"]:
+    """The GPU kernels: those of the card, or the emulator, built when its sources have changed."""
+    if not ON_CARD:
         return build_emulator()
-    parts = {**vars(build_probes()), **vars(_ext.cuda())}
-    return SimpleNamespace(**parts, set_schedule=lambda order, seed: None)
+    reason = _ext.why_not_cuda()
+    if reason is not None:
+        pytest.fail(reason, pytrace=False)
+    return SimpleNamespace(**vars(_ext.cuda()), set_schedule=lambda order, seed: None)
+
+
+@pytest.fixture(scope="session")
+def probes(request: pytest.FixtureRequest) -> Any:
+    """Single instructions (tests/emulator/probes.cu), on a card in a module of their own."""
+    return build_probes() if ON_CARD else request.getfixturevalue("device_module")
+
+
+def runs_fp8_mma_sp() -> bool:
+    """Whether mma.sp of e4m3 runs here: in the emulator, and on cards of 8.9 and 12.x.
+
+    For others it is compiled to a trap (csrc/device/mma.h), which would take the CUDA context and all later tests
+    of the process with it.
+    """
+    return not ON_CARD or _ext.capability(torch.device("cuda", 0)) in (89, 120, 121)
 
 
 @contextmanager
 def running_on_device(module: Any, schedule: str) -> Iterator[Any]:
     """The `cuda` backend: tensors on the GPU, or on the CPU and its kernels emulated under this schedule."""
     order, _, seed = schedule.partition(" ")
-    if order == "hardware":
+    reduced = torch.backends.cuda.matmul
+    before = reduced.allow_fp16_reduced_precision_reduction, reduced.allow_bf16_reduced_precision_reduction
+    if ON_CARD:
         torch.set_default_device("cuda")
+        # Where a product is cuBLAS's: partial sums of 16 bits are not what is tested here.
+        reduced.allow_fp16_reduced_precision_reduction = reduced.allow_bf16_reduced_precision_reduction = False
     else:
         module.set_schedule(order, int(seed or 0))
         _ext.emulate(module)
     try:
         yield module
-        if order == "hardware":
+        if ON_CARD:
             torch.cuda.synchronize()
     finally:
         torch.set_default_device(None)
         _ext.emulate(None)
+        reduced.allow_fp16_reduced_precision_reduction, reduced.allow_bf16_reduced_precision_reduction = before
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -147,6 +184,12 @@ def emulated(device_module: Any, request: pytest.FixtureRequest) -> Iterator[Any
     """The `cuda` backend under every schedule."""
     with running_on_device(device_module, request.param) as module:
         yield module
+
+
+@pytest.fixture
+def probed(emulated: Any, probes: Any) -> Any:
+    """The probes under every schedule."""
+    return probes
 
 
 @pytest.fixture
@@ -159,11 +202,29 @@ def emulated_once(device_module: Any) -> Iterator[Any]:
 @pytest.fixture
 def fp8_sums(device_module: Any) -> Iterator[None]:
     """The emulator's tensor cores keep 14 bits of fp8 sums (csrc/device/twin.h), as the hardware does."""
-    if SCHEDULES != ["hardware"]:
+    if not ON_CARD:
         device_module.set_fp8_sum_bits(14)
     yield
-    if SCHEDULES != ["hardware"]:
+    if not ON_CARD:
         device_module.set_fp8_sum_bits(0)
+
+
+@dataclass(frozen=True)
+class Fp8Bounds:
+    """||out - ref|| / ||ref|| of float32 results of e4m3 products: sums left in the tensor cores, or promoted."""
+
+    fast: float
+    promoted: float
+
+
+@pytest.fixture(params=["14 bits"] if ON_CARD else ["float32 sums", "14 bits"])
+def fp8_bounds(request: pytest.FixtureRequest) -> Fp8Bounds:
+    """What e4m3 products must stay within: nearly exact in an emulator whose sums are floats; on a card, and in the
+    emulator with sums like a card's (1.6e-4 fast and 5.6e-5 promoted there), what 14 bits allow."""
+    if request.param == "float32 sums":
+        return Fp8Bounds(2e-6, 2e-6)
+    request.getfixturevalue("fp8_sums")
+    return Fp8Bounds(1e-3, 2e-4)
 
 
 @pytest.fixture(autouse=True)
@@ -174,16 +235,24 @@ def _quiet() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The interpreter is slow: of the tests with the fixture it runs those marked `interpreted`, no others."""
+    """Simulated GPUs are slow: of the tests with the fixture they run those marked `interpreted`, no others.
+
+    What runs on the CPU's backends is marked `on_cpu`, and what Triton must compile `on_triton`, for scripts/gpu.
+    """
 
     def too_slow(item: pytest.Item) -> bool:
-        given = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
-        return isinstance(given, Backend) and given.name == "triton" and item.get_closest_marker("interpreted") is None
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        given = params.get("backend", params.get("host_backend"))
+        if isinstance(given, Backend) and given.device == "cpu" and not given.simulated:
+            item.add_marker(pytest.mark.on_cpu)
+        if isinstance(given, Backend) and given.name == "triton":
+            item.add_marker(pytest.mark.on_triton)
+        return isinstance(given, Backend) and given.simulated and item.get_closest_marker("interpreted") is None
 
-    slow = [item for item in items if too_slow(item)]
+    slow = {id(item): item for item in items if too_slow(item)}
     if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not too_slow(item)]
+        config.hook.pytest_deselected(items=list(slow.values()))
+        items[:] = [item for item in items if id(item) not in slow]
 
 
 @pytest.hookimpl(trylast=True)

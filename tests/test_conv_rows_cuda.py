@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import SCHEDULES, running_on_device
+from conftest import LAUNCHES, running_on_device
 from torch import Tensor
 from torch.nn import functional
 
@@ -222,7 +222,7 @@ def test_no_images(emulated_once: ModuleType, direct: None, shape: tuple[int, ..
 def test_same_bits_under_every_schedule(device_module: ModuleType) -> None:
     """Parts of a sum are added in their order."""
     results = []
-    for schedule in SCHEDULES:
+    for schedule in LAUNCHES:
         with (
             running_on_device(device_module, schedule),
             mock.patch.object(rows_cuda, "worth_it", return_value=True),

@@ -58,7 +58,10 @@ class Clock:
     def __init__(self, times: Callable[[str, int], float], spread: float = 0.0) -> None:
         self.times, self.spread, self.calls = times, spread, 0
 
-    def __call__(self, dense: Any, variants: dict[str, Any], *, m: int, seconds: float) -> dict[str, tune.Record]:
+    def __call__(
+        self, dense: Any, variants: dict[str, Any], *, m: int, seconds: float, device: torch.device
+    ) -> dict[str, tune.Record]:
+        assert device == torch.device("cpu"), "where the sample is, so that a GPU's calls are not taken for a CPU's"
         self.calls += 1
         out = {}
         for name, call in variants.items():

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import SCHEDULES, running_on_device
+from conftest import LAUNCHES, running_on_device
 from torch import Tensor
 
 from sparsekern import _rows_cuda
@@ -196,7 +196,7 @@ def test_splits_do_not_change_with_the_schedule(device_module: ModuleType) -> No
     w, x, dy = weight(70, 1600, 0.9), random_dense(40, 1600), random_dense(40, 70, seed=1)
     layout, results = pack(w), []
     with mock.patch.object(_rows_cuda, "multiprocessors", return_value=40):
-        for schedule in SCHEDULES:
+        for schedule in LAUNCHES:
             with running_on_device(device_module, schedule):
                 where = torch.get_default_device()
                 on = layout.map(lambda t, where=where: t.to(where))

@@ -329,7 +329,7 @@ def test_the_machine_is_described() -> None:
     assert all(value for value in found.values())
 
 
-@pytest.mark.parametrize("script", ["setup", "demo", "test", "lint", "gpu"])
+@pytest.mark.parametrize("script", ["setup", "demo", "test", "lint"])
 def test_scripts_are_valid_bash(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / "scripts" / script)], check=True)
 

@@ -6,10 +6,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import SCHEDULES
+from conftest import ON_CARD, runs_fp8_mma_sp
+from emulator.build import build_probes
 from torch import Tensor
 
 from sparsekern._ext import CUDA_DTYPES, FP8
+from sparsekern._sources import find_nvcc
 from sparsekern.sp24 import fragments
 from sparsekern.sp24 import pack as pack24
 from sparsekern.sp24.layout import Sp24
@@ -50,7 +52,9 @@ def b_registers(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", OPERANDS, ids=str)
-def test_mma_sp(emulated: ModuleType, dtype: torch.dtype) -> None:
+def test_mma_sp(probed: ModuleType, dtype: torch.dtype) -> None:
+    if dtype == FP8 and not runs_fp8_mma_sp():
+        pytest.skip("this card has no mma.sp of e4m3")
     layout, dense = sparse_operand(64, fragments.block_k(dtype), dtype)
     block = fragments.pack(layout)[0, 0]
     half = fragments.block_k(dtype) // 2
@@ -63,14 +67,12 @@ def test_mma_sp(emulated: ModuleType, dtype: torch.dtype) -> None:
             b, d = b_registers(x), accumulators(dtype, 32, 4)
             want = d_matrix(d, 16).double() + dense[16 * warp :][:16, step * half :][:, :half] @ x.double().t()
             selector = step if dtype in WIDE else 0
-            emulated.probe_mma_sp(
-                CUDA_DTYPES[dtype], selector, a.data_ptr(), b.data_ptr(), meta.data_ptr(), d.data_ptr()
-            )
+            probed.probe_mma_sp(CUDA_DTYPES[dtype], selector, a.data_ptr(), b.data_ptr(), meta.data_ptr(), d.data_ptr())
             assert torch.equal(d_matrix(d, 16).double(), want)
 
 
 @pytest.mark.parametrize("position", range(16))
-def test_mma_sp_position_by_position(emulated: ModuleType, position: int) -> None:
+def test_mma_sp_position_by_position(probed: ModuleType, position: int) -> None:
     """A single one in A against the identity-like columns of B: a wrong place is named by its position."""
     dense = torch.zeros(64, 64)
     dense[5, 2 * position] = 1
@@ -80,7 +82,7 @@ def test_mma_sp_position_by_position(emulated: ModuleType, position: int) -> Non
         x[torch.arange(8), torch.arange(8) + 8 * token_block] = 1
         b, d = b_registers(x.to(torch.bfloat16)), torch.zeros(32, 4)
         a, meta = block[:512].clone(), block[4096:4224].clone()
-        emulated.probe_mma_sp(1, 0, a.data_ptr(), b.data_ptr(), meta.data_ptr(), d.data_ptr())
+        probed.probe_mma_sp(1, 0, a.data_ptr(), b.data_ptr(), meta.data_ptr(), d.data_ptr())
         want = dense[:16, 8 * token_block : 8 * token_block + 8]
         wrong = (d_matrix(d, 16) != want).nonzero().tolist()
         assert not wrong, f"weight [5, {2 * position}] differs at [row, column - {8 * token_block}] of {wrong}"
@@ -103,14 +105,14 @@ def test_metadata_words_written_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", OPERANDS, ids=str)
-def test_mma(emulated: ModuleType, dtype: torch.dtype) -> None:
+def test_mma(probed: ModuleType, dtype: torch.dtype) -> None:
     k = 32 // dtype.itemsize
     w, x = operand(16, k, dtype, 1), operand(8, k, dtype, 2)
     words = w.view(torch.int32).view(2, 8, 2, 4)  # row half, g, half of K, t
     a = words.permute(1, 3, 2, 0).reshape(32, 4).contiguous()
     b, d = b_registers(x), accumulators(dtype, 32, 4)
     want = d_matrix(d, 16).double() + w.double() @ x.double().t()
-    emulated.probe_mma(CUDA_DTYPES[dtype], a.data_ptr(), b.data_ptr(), d.data_ptr())
+    probed.probe_mma(CUDA_DTYPES[dtype], a.data_ptr(), b.data_ptr(), d.data_ptr())
     assert torch.equal(d_matrix(d, 16).double(), want)
 
 
@@ -123,7 +125,7 @@ def swizzled(rows: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("n", [8, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", OPERANDS, ids=str)
-def test_product(emulated: ModuleType, dtype: torch.dtype, n: int) -> None:
+def test_product(probed: ModuleType, dtype: torch.dtype, n: int) -> None:
     layout, dense = sparse_operand(64, fragments.block_k(dtype), dtype)
     block = fragments.pack(layout)[0, 0]
     a, meta = block[:4096].clone(), block[4096:].clone()
@@ -131,13 +133,13 @@ def test_product(emulated: ModuleType, dtype: torch.dtype, n: int) -> None:
     x = operand(n, fragments.block_k(dtype), dtype, 2)
     d = torch.full((128, n // 2), 99, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
     b = swizzled(x)
-    emulated.probe_product(CUDA_DTYPES[dtype], n, a.data_ptr(), meta.data_ptr(), b.data_ptr(), d.data_ptr())
+    probed.probe_product(CUDA_DTYPES[dtype], n, a.data_ptr(), meta.data_ptr(), b.data_ptr(), d.data_ptr())
     assert torch.equal(d_matrix(d, 64).double(), dense @ x.double().t())
 
 
 @pytest.mark.parametrize("n", [64, 256])
 @pytest.mark.parametrize("dtype", OPERANDS, ids=str)
-def test_product_of_shared_memory_alone(emulated: ModuleType, dtype: torch.dtype, n: int) -> None:
+def test_product_of_shared_memory_alone(probed: ModuleType, dtype: torch.dtype, n: int) -> None:
     """The same with A's rows in shared memory, 64 bytes of values each in two steps of 32."""
     layout, dense = sparse_operand(64, fragments.block_k(dtype), dtype)
     meta = fragments.pack(layout)[0, 0, 4096:].clone()
@@ -146,19 +148,19 @@ def test_product_of_shared_memory_alone(emulated: ModuleType, dtype: torch.dtype
     d = torch.full((128, n // 2), 99, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
     rows = torch.nn.functional.pad(layout.values.contiguous().view(torch.uint8), (0, 64))
     a, b = swizzled(rows), swizzled(x)
-    emulated.probe_product_shared(CUDA_DTYPES[dtype], n, a.data_ptr(), meta.data_ptr(), b.data_ptr(), d.data_ptr())
+    probed.probe_product_shared(CUDA_DTYPES[dtype], n, a.data_ptr(), meta.data_ptr(), b.data_ptr(), d.data_ptr())
     assert torch.equal(d_matrix(d, 64).double(), dense @ x.double().t())
 
 
 @pytest.mark.parametrize("n", [8, 16, 32, 64])
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_dense_product(emulated: ModuleType, dtype: torch.dtype, n: int) -> None:
+def test_dense_product(probed: ModuleType, dtype: torch.dtype, n: int) -> None:
     """Dense A from registers, two groups towards accumulators of their own, waited for one by one."""
     w, x = operand(64, 64, dtype, 1), operand(n, 64, dtype, 2)
     # Row 16 w + 8 r + g, column 16 s + 8 h + 2 t + e is element e of register 2 h + r.
     words = w.view(4, 2, 8, 4, 2, 4, 2).permute(3, 0, 2, 5, 4, 1, 6).contiguous()
     d, b = torch.full((2, 128, n // 2), 99.0), swizzled(x)
-    emulated.probe_dense_product(CUDA_DTYPES[dtype], n, words.data_ptr(), b.data_ptr(), d.data_ptr())
+    probed.probe_dense_product(CUDA_DTYPES[dtype], n, words.data_ptr(), b.data_ptr(), d.data_ptr())
     for half in range(2):
         columns = slice(32 * half, 32 * half + 32)
         want = w[:, columns].double() @ x[:, columns].double().t()
@@ -166,18 +168,18 @@ def test_dense_product(emulated: ModuleType, dtype: torch.dtype, n: int) -> None
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_product_of_columns(emulated: ModuleType, dtype: torch.dtype) -> None:
+def test_product_of_columns(probed: ModuleType, dtype: torch.dtype) -> None:
     """Both operands with K as rows in shared memory, boxes of 64 columns: dY^T X of 32 tokens."""
     dy, x = operand(32, 64, dtype, 1), operand(32, 256, dtype, 2)
     boxes = torch.cat([swizzled(x[:, 64 * i : 64 * i + 64].contiguous()) for i in range(4)])
     a, d = swizzled(dy), torch.full((128, 128), 99.0)
-    emulated.probe_product_columns(CUDA_DTYPES[dtype], a.data_ptr(), boxes.data_ptr(), d.data_ptr())
+    probed.probe_product_columns(CUDA_DTYPES[dtype], a.data_ptr(), boxes.data_ptr(), d.data_ptr())
     assert torch.equal(d_matrix(d, 64).double(), dy.double().t() @ x.double())
 
 
 @pytest.mark.parametrize("position", range(64))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_product_position_by_position(emulated_once: ModuleType, dtype: torch.dtype, position: int) -> None:
+def test_product_position_by_position(probed: ModuleType, dtype: torch.dtype, position: int) -> None:
     """A single one in A against an identity: the one place of Y that is not zero names the weight's place."""
     k = fragments.block_k(dtype)
     row, column = position * 37 % 64, position * 2 % k + position % 2
@@ -193,17 +195,17 @@ def test_product_position_by_position(emulated_once: ModuleType, dtype: torch.dt
     for first in range(0, k, n):
         d = torch.full((128, n // 2), 99, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
         b = swizzled(x[first : first + n])
-        emulated_once.probe_product(CUDA_DTYPES[dtype], n, a.data_ptr(), meta.data_ptr(), b.data_ptr(), d.data_ptr())
+        probed.probe_product(CUDA_DTYPES[dtype], n, a.data_ptr(), meta.data_ptr(), b.data_ptr(), d.data_ptr())
         wrong = (d_matrix(d, 64) != dense[:, first : first + n]).nonzero().tolist()
         assert not wrong, f"weight [{row}, {column}] differs at [row, column - {first}] of {wrong[:4]}"
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", OPERANDS, ids=str)
-def test_rate_probe(emulated_once: ModuleType, dtype: torch.dtype, shared: bool) -> None:
+def test_rate_probe(probed: ModuleType, dtype: torch.dtype, shared: bool) -> None:
     """What the bench times runs, and leaves the zeros of its operands."""
     out = torch.full((1, 256, 128), 9, dtype=torch.int32)
-    emulated_once.probe_rate(CUDA_DTYPES[dtype], shared, 1, 2, out.data_ptr(), 0)
+    probed.probe_rate(CUDA_DTYPES[dtype], shared, 1, 2, out.data_ptr(), 0)
     assert not out.any()
 
 
@@ -228,10 +230,10 @@ def test_metadata_words_of_bytes_by_hand() -> None:
     assert sum(word != 0xEEEEEEEE for step in words for warp in step for word in warp) == 5
 
 
-def test_matrices(emulated: ModuleType) -> None:
+def test_matrices(probed: ModuleType) -> None:
     given = torch.arange(32 * 4 * 2, dtype=torch.int16).view(torch.int32).view(32, 4)
     stored, loaded, moved = (torch.zeros(32, 4, dtype=torch.int32) for _ in range(3))
-    emulated.probe_matrices(*(t.data_ptr() for t in (given, stored, loaded, moved)))
+    probed.probe_matrices(*(t.data_ptr() for t in (given, stored, loaded, moved)))
     halves = given.view(torch.int16).view(8, 4, 4, 2).permute(2, 0, 1, 3).reshape(4, 8, 8)  # matrix, row, column
     assert torch.equal(stored.view(torch.int16).view(4, 8, 8), halves.transpose(1, 2))
     again = loaded.view(torch.int16).view(8, 4, 4, 2).permute(2, 0, 1, 3).reshape(4, 8, 8)
@@ -239,10 +241,10 @@ def test_matrices(emulated: ModuleType) -> None:
     assert torch.equal(moved, loaded)
 
 
-def test_warp(emulated: ModuleType) -> None:
+def test_warp(probed: ModuleType) -> None:
     value = random_dense(32, seed=3).view(torch.int32)
     out = torch.zeros(6, 32, dtype=torch.int32)
-    emulated.probe_warp(value.data_ptr(), out.data_ptr())
+    probed.probe_warp(value.data_ptr(), out.data_ptr())
     lane = torch.arange(32)
     assert torch.equal(out[0], value[lane ^ 5])
     assert torch.equal(out[1], value[(lane * 7 + 3) % 32])
@@ -255,20 +257,20 @@ def test_warp(emulated: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
-def test_copy(emulated: ModuleType, size: int) -> None:
+def test_copy(probed: ModuleType, size: int) -> None:
     given = torch.randint(1, 256, (32, size), dtype=torch.uint8)
     out = torch.zeros(32, size, dtype=torch.uint8)
-    emulated.probe_copy(size, given.data_ptr(), out.data_ptr())
+    probed.probe_copy(size, given.data_ptr(), out.data_ptr())
     assert torch.equal(out[::2], given[::2])
     assert not out[1::2].any()
 
 
 @pytest.mark.parametrize(("column", "row"), [(0, 0), (64, 8), (96, 20), (0, -3), (192, 0)])
-def test_box(emulated: ModuleType, column: int, row: int) -> None:
+def test_box(probed: ModuleType, column: int, row: int) -> None:
     """A multicast box of a [30, 120] matrix, swizzled, with zeros where it lies outside."""
     given = torch.randn(30, 120).to(torch.bfloat16)
     out = torch.full((2, 16, 64), 9, dtype=torch.bfloat16)
-    emulated.probe_box(1, given.data_ptr(), 120, 30, 120, column, row, out.data_ptr())
+    probed.probe_box(1, given.data_ptr(), 120, 30, 120, column, row, out.data_ptr())
     whole = torch.nn.functional.pad(given, (0, 200, 10, 40))
     want = swizzled(whole[10 + row : 26 + row, column : column + 64])
     for block in out:
@@ -286,7 +288,7 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize("case", WINDOWS, ids=lambda c: "{}x{}k{}s{}p{}d{}".format(*c))
-def test_pixels(emulated: ModuleType, case: tuple) -> None:
+def test_pixels(probed: ModuleType, case: tuple) -> None:
     """Boxes of pixels of [3, height, width, 120] images, the same tap of 16 windows, against the padded images."""
     height, width, kernel, stride, padding, dilation = case
     given = random_dense(3, height, width, 120).to(torch.bfloat16)
@@ -304,7 +306,7 @@ def test_pixels(emulated: ModuleType, case: tuple) -> None:
                 i, j = divmod(inside, ends[1])
                 boxes += [channel, j * stride[1] - padding[1], i * stride[0] - padding[0], image, right, down]
             out, alone = torch.full((2, 16, 64), 9.0).bfloat16(), torch.full((8, 64), 9.0).bfloat16()
-            emulated.probe_pixels(
+            probed.probe_pixels(
                 1, given.data_ptr(), fields, 3, 120, boxes, out.data_ptr(), alone.data_ptr()
             )  # fmt: skip
             seen = wide[:, down :: stride[0], right :: stride[1], channel : channel + 64][:, : ends[0], : ends[1]]
@@ -316,16 +318,23 @@ def test_pixels(emulated: ModuleType, case: tuple) -> None:
 
 
 @pytest.mark.parametrize("by", [1, 2, 3, 7, 9, 63, 64, 65, 1000, 65537, 2**30 + 1, 2**31 - 1])
-def test_divide(emulated: ModuleType, by: int) -> None:
+def test_divide(probed: ModuleType, by: int) -> None:
     edges = {n for q in (0, 1, 2, 5, (2**31 - 1) // by) for n in (q * by - 1, q * by, q * by + 1)}
     numbers = sorted(n for n in edges if 0 <= n < 2**31)
     numbers = torch.tensor([*numbers, *[2**31 - 1] * (32 - len(numbers))], dtype=torch.int32)
     out = torch.zeros(32, dtype=torch.int32)
-    emulated.probe_divide(by, numbers.data_ptr(), out.data_ptr())
+    probed.probe_divide(by, numbers.data_ptr(), out.data_ptr())
     assert torch.equal(out.long(), numbers.long() // by)
 
 
-only_emulated = pytest.mark.skipif(SCHEDULES == ["hardware"], reason="the hardware refuses nothing")
+@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
+def test_nvcc_builds_the_probes() -> None:
+    """For sm_90a, here as on a card: what a card's tests need first of all."""
+    built = {name for name in dir(build_probes()) if name.startswith("probe_")}
+    assert len(built) == 10
+
+
+only_emulated = pytest.mark.skipif(ON_CARD, reason="the hardware refuses nothing")
 
 
 @only_emulated
@@ -339,18 +348,18 @@ only_emulated = pytest.mark.skipif(SCHEDULES == ["hardware"], reason="the hardwa
         (4, "beyond the end of shared memory"),
     ],
 )
-def test_mistakes_are_found(emulated: ModuleType, which: int, message: str) -> None:
+def test_mistakes_are_found(probed: ModuleType, which: int, message: str) -> None:
     out = torch.zeros(128, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=message):
-        emulated.probe_mistake(which, out.data_ptr())
+        probed.probe_mistake(which, out.data_ptr())
 
 
 @only_emulated
-def test_what_is_read_too_early_is_poison(device_module: ModuleType) -> None:
+def test_what_is_read_too_early_is_poison(probes: ModuleType) -> None:
     """Under the ascending schedule copies land, and products are performed, no earlier than their wait."""
-    device_module.set_schedule("ascending", 0)
+    probes.set_schedule("ascending", 0)
     out = torch.full((128,), 5, dtype=torch.int32)
-    device_module.probe_mistake(3, out.data_ptr())
+    probes.probe_mistake(3, out.data_ptr())
     assert (out == -1).all()  # shared memory begins as 0xFF bytes
-    device_module.probe_mistake(5, out.data_ptr())
+    probes.probe_mistake(5, out.data_ptr())
     assert out.view(torch.float32).isnan().all()

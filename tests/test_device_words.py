@@ -9,11 +9,11 @@ import torch
 from sparsekern.testing import random_dense
 
 
-def test_words(emulated: ModuleType) -> None:
+def test_words(probed: ModuleType) -> None:
     """Loads past the cache and of shared memory, byte permutations, dot products of bytes and halves."""
     value = random_dense(32, seed=3).view(torch.int32)
     other, out = value.flip(0), torch.zeros(10, 32, dtype=torch.int32)
-    emulated.probe_words(value.data_ptr(), out.data_ptr())
+    probed.probe_words(value.data_ptr(), out.data_ptr())
     assert torch.equal(out[0], value)
     quads = value.view(8, 4)
     twos = (value[::2] - value[1::2]).repeat(2)
@@ -33,27 +33,27 @@ def test_words(emulated: ModuleType) -> None:
     assert torch.equal(out[8], value)
 
 
-def test_groups_of_copies(emulated: ModuleType) -> None:
+def test_groups_of_copies(probed: ModuleType) -> None:
     given, out = torch.randint(1, 2**31 - 1, (64,), dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
-    emulated.probe_groups(given.data_ptr(), out.data_ptr())
+    probed.probe_groups(given.data_ptr(), out.data_ptr())
     assert torch.equal(out, given)
 
 
-def test_named_barriers(emulated: ModuleType) -> None:
+def test_named_barriers(probed: ModuleType) -> None:
     """Two pairs of warps meet at two barriers, several times."""
     given, out = torch.arange(128, dtype=torch.int32) * 7, torch.zeros(3, 128, dtype=torch.int32)
-    emulated.probe_named(given.data_ptr(), out.data_ptr())
+    probed.probe_named(given.data_ptr(), out.data_ptr())
     for i, row in enumerate(out):
         assert torch.equal(row, given[torch.arange(128) ^ 32] + i)
 
 
-def test_rings(emulated: ModuleType) -> None:
+def test_rings(probed: ModuleType) -> None:
     """Boxes and bulk copies through a ring whose stages both blocks of a cluster must leave: many phases."""
     rounds = 7
     matrix = random_dense(16 * rounds, 64, seed=1).to(torch.bfloat16)
     given = torch.randint(0, 256, (2 * rounds, 64), dtype=torch.uint8)
     out = torch.zeros(2, rounds, 1024 + 64, dtype=torch.uint8)
-    emulated.probe_ring(matrix.data_ptr(), given.data_ptr(), rounds, out.data_ptr())
+    probed.probe_ring(matrix.data_ptr(), given.data_ptr(), rounds, out.data_ptr())
     chunks = matrix.view(torch.uint8).view(rounds, 2, 8, 8, 16)  # round, block, row, chunk
     row = torch.arange(8)
     for block in range(2):
@@ -63,11 +63,11 @@ def test_rings(emulated: ModuleType) -> None:
             assert torch.equal(got[:, row, chunk ^ row], chunks[:, block, :, chunk])
 
 
-def test_counts_between_blocks(emulated: ModuleType) -> None:
+def test_counts_between_blocks(probed: ModuleType) -> None:
     numbers = torch.randint(5, 2**62, (40,), dtype=torch.int64)
     counter, order = torch.zeros(1, dtype=torch.int32), torch.zeros(40, dtype=torch.int32)
     smallest = torch.full((1,), 2**62, dtype=torch.int64)
-    emulated.probe_counts(40, *(t.data_ptr() for t in (numbers, counter, order, smallest)))
+    probed.probe_counts(40, *(t.data_ptr() for t in (numbers, counter, order, smallest)))
     assert int(counter) == 40
     assert torch.equal(order.sort().values, torch.arange(40, dtype=torch.int32))
     assert torch.equal(smallest[0], numbers.min())

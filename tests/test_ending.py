@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import FOUR, HALVES, QUANTISED, Case, param
-from conftest import Backend
+from conftest import Backend, Fp8Bounds
 from torch import Tensor
 
 import sparsekern as sk
@@ -74,6 +74,7 @@ def test_words(backend: Backend, case: Case, dtype: torch.dtype) -> None:
 
 @param(QUANTISED)
 @param((torch.int8, FP8), "dtype")
+@pytest.mark.interpreted
 def test_quantised(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     """Weights with a scale per row, activations with one per token: what torch._scaled_mm does."""
     layout = quantised(case, dtype)
@@ -85,7 +86,10 @@ def test_quantised(backend: Backend, case: Case, dtype: torch.dtype) -> None:
             residual = random_dense(m, N, dtype=out or torch.float32, seed=5) if plus else None
             scale = x_scale if scaled else None
             y = MM[case.format](*layout.parts, x, None, "gelu", backend.name, scale, residual, out, False)
-            assert_close(y, reference(layout.to_dense(), x, None, "gelu", scale, residual), out or torch.float32)
+            assert y.dtype == (out or torch.float32)
+            tensor_cores = dtype == FP8 and backend.device == "cuda"  # they keep 14 bits of the sums
+            tol = max(TOLERANCE[y.dtype], 2e-3 if tensor_cores else 0)
+            assert_close(y, reference(layout.to_dense(), x, None, "gelu", scale, residual), tol=tol)
 
 
 @param((*FOUR, Case("bsr", (16, 16))))
@@ -122,7 +126,9 @@ def test_a_factor_and_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, FP8, torch.bfloat16], ids=str)
-def test_one_kernel_on_a_gpu(emulated_once: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_one_kernel_on_a_gpu(
+    emulated_once: ModuleType, fp8_bounds: Fp8Bounds, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     """sp24 on CUDA does it all at once, from the public call; one op, and nothing of torch's after it."""
     case = Case("sp24")
     layout = case.pack(case.dense(N, K, dtype)) if dtype == torch.bfloat16 else quantised(case, dtype)
@@ -136,7 +142,8 @@ def test_one_kernel_on_a_gpu(emulated_once: ModuleType, monkeypatch: pytest.Monk
         scale = x_scale if scaled else None
         words: dict[str, Any] = {"x_scale": scale, "residual": residual, "out_dtype": out}
         y = sk.linear(x, layout, None, "relu", "cuda", **words)
-        assert_close(y, reference(layout.to_dense(), x, None, "relu", scale, residual), tol=2 * TOLERANCE[y.dtype])
+        tol = max(2 * TOLERANCE[y.dtype], fp8_bounds.promoted if dtype == FP8 else 0)
+        assert_close(y, reference(layout.to_dense(), x, None, "relu", scale, residual), tol=tol)
         assert set(calls.pop()) == {name for name, word in words.items() if word is not None}
     y = sk.linear(x, layout, None, "relu", "cuda", residual=residual, beta=0.5, out_dtype=out)
     assert_close(y, reference(layout.to_dense(), x, None, "relu", None, residual, 0.5), tol=2 * TOLERANCE[y.dtype])

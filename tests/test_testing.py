@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from conftest import ON_CARD
 from torch import Tensor
 
 from sparsekern import testing
@@ -143,6 +150,77 @@ def test_measure_interleaves_and_rotates() -> None:
     assert len({tuple(name for name, _ in one) for one in rounds}) > 1, "in no fixed order"
     assert len({one[0][1] for one in rounds}) == 3, "inputs rotate"
     assert str(testing.timing([2e-3] * 5)) == "2 ms [2 .. 2]"
+
+
+class Card:
+    """A GPU whose calls return at once and whose clock only its work moves; times are known after a synchronize."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.flushes, self.waited, self.entered = 0.0, 0, -1.0, []
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self, enable_timing))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=100 << 20))
+        monkeypatch.setattr(torch, "empty", self.empty)
+
+    @contextmanager
+    def device(self, which: torch.device) -> Iterator[None]:
+        self.entered.append(which)
+        yield
+
+    def empty(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Any:
+        assert size == 200 << 20, "twice the cache"
+        assert device == torch.device("cuda", 1)
+        return self
+
+    def zero_(self) -> None:
+        self.flushes += 1
+        self.work(7.0)
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+    def synchronize(self, which: torch.device) -> None:
+        assert which == torch.device("cuda", 1)
+        self.waited = self.now
+
+
+class Event:
+    def __init__(self, card: Card, enable_timing: bool) -> None:
+        assert enable_timing
+        self.card, self.at = card, -1.0
+
+    def record(self) -> None:
+        self.at = self.card.now
+
+    def elapsed_time(self, end: Event) -> float:
+        assert 0 <= self.at <= end.at <= self.card.waited, "asked before the GPU was done"
+        return 1e3 * (end.at - self.at)
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the launch, which returns at once; not what empties the cache; and the host where it takes longer."""
+    card = Card(monkeypatch)
+    variants = {
+        "short": lambda: card.work(3.0),
+        "long": lambda: card.work(5.0),
+        "waits for the host": lambda: (time.sleep(0.02), card.work(1e-6)),
+    }
+    times = measure(variants, repeats=6, warmup=2, device="cuda:1")
+    assert times["short"].median == pytest.approx(3.0)
+    assert times["long"].median == pytest.approx(5.0)
+    assert 0.02 <= times["waits for the host"].median < 1.0
+    assert card.flushes == 3 * (6 + 2), "cold every time"
+    assert set(card.entered) == {torch.device("cuda", 1)}
+
+
+@pytest.mark.skipif(not ON_CARD, reason="needs a GPU")
+def test_a_card_is_timed() -> None:
+    """A product takes what its multiplications take, not what its launch does."""
+    a, b = (torch.randn(n, n, device="cuda").half() for n in (8192, 64))
+    times = measure({"large": lambda: a @ a, "small": lambda: b @ b}, repeats=10, device="cuda")
+    assert times["large"].median > 2 * 8192**3 / 3e15, "more than any card multiplies in a second"
+    assert times["large"].median > 5 * times["small"].median
 
 
 def test_single_thread() -> None:

@@ -241,19 +241,20 @@ def test_an_unsteady_run_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     given: list[float] = []
 
-    def noisy(variants: dict, repeats: int, warmup: int, seconds: float) -> dict:
+    def noisy(variants: dict, repeats: int, warmup: int, seconds: float, device: str) -> dict:
         given.append(seconds)
+        assert device == "cuda:1"
         width = {0.1: 8.0, 0.2: 2.0, 0.4: 5.0}[seconds] if noise else 0.01
         return {name: testing.Timing(1.0, 1.0 - width / 10, 1.0 + width, 9) for name in variants}
 
     monkeypatch.setattr(testing, "measure", noisy)
     noise = True
-    record = tune.measure(lambda: None, {"a": lambda: None}, seconds=0.1)["a"]
+    record = tune.measure(lambda: None, {"a": lambda: None}, seconds=0.1, device="cuda:1")["a"]
     assert given == [0.1, 0.2, 0.4]
     steadiest = 1.2533 * 2.2 / 1.6832 / 3 * 2**0.5
     assert record.spread == pytest.approx(steadiest)
     noise = False
-    tune.measure(lambda: None, {"a": lambda: None}, seconds=0.1)
+    tune.measure(lambda: None, {"a": lambda: None}, seconds=0.1, device="cuda:1")
     assert given == [0.1, 0.2, 0.4, 0.1]
 
 

@@ -86,9 +86,9 @@ def stream_of(layout: Layout) -> Stream:
         return Stream(layout.crow, layout.col, None, k)
     if isinstance(layout, Sp24):
         stored = layout.values.shape[1]
-        crow = torch.arange(0, n * stored + 1, max(stored, 1), dtype=torch.int32)
+        crow = torch.arange(0, n * stored + 1, max(stored, 1), dtype=torch.int32, device="cpu")
         return Stream(
-            crow if stored else torch.zeros(n + 1, dtype=torch.int32),
+            crow if stored else torch.zeros(n + 1, dtype=torch.int32, device="cpu"),
             _flat(layout.columns()),
             None,
             2 * stored,
@@ -103,13 +103,13 @@ def stream_of(layout: Layout) -> Stream:
 def _stream_of_blocks(layout: Bsr) -> Stream:
     """Blocks element by element, padding at ragged edges left out; sorted by row, then column."""
     (n, k), (r, c) = layout.shape, layout.block
-    place = torch.arange(layout.values.numel()).reshape(-1, r, c)
-    row = (layout.block_rows()[:, None, None] * r + torch.arange(r)[:, None]).expand_as(place)
-    col = (layout.col.long()[:, None, None] * c + torch.arange(c)).expand_as(place)
+    place = torch.arange(layout.values.numel(), device="cpu").reshape(-1, r, c)
+    row = (layout.block_rows()[:, None, None] * r + torch.arange(r, device="cpu")[:, None]).expand_as(place)
+    col = (layout.col.long()[:, None, None] * c + torch.arange(c, device="cpu")).expand_as(place)
     inside = ((row < n) & (col < k)).flatten()
     row, col, place = (t.reshape(-1)[inside] for t in (row, col, place))
     order = torch.argsort(row, stable=True)  # blocks ascend inside a block row, so columns stay ascending
-    crow = torch.zeros(n + 1, dtype=torch.int32)
+    crow = torch.zeros(n + 1, dtype=torch.int32, device="cpu")
     torch.cumsum(torch.bincount(row, minlength=n), 0, out=crow[1:])
     return Stream(crow, _flat(col[order]), _flat(place[order]), k)
 
@@ -125,7 +125,7 @@ def _count(stream: Stream, tile: int) -> int:
 
 def _by_rows(stream: Stream, rows: int, tile: int) -> Tiled:
     tiles = _count(stream, tile)
-    segment = torch.empty((tiles + 1) * rows, dtype=torch.int32)
+    segment = torch.empty((tiles + 1) * rows, dtype=torch.int32, device="cpu")
     width = tile or max(stream.columns, 1)
     crow, col = stream.crow.data_ptr(), stream.col.data_ptr()
     _ext.host().conv_segments(crow, col, rows, width, tiles, segment.data_ptr())
@@ -137,9 +137,10 @@ def _by_blocks(stream: Stream, rows: int, groups: int, tile: int) -> Tiled:
         return _by_rows(stream, rows, tile)
     tiles = _count(stream, tile)
     blocks = tiles * groups * -(-rows // groups // 4)
-    counts, base = torch.empty(blocks * 16, dtype=torch.int16), torch.empty(blocks * 4, dtype=torch.int32)
-    start = torch.empty(blocks, dtype=torch.int32)
-    entries = torch.empty(2 * stream.col.numel(), dtype=torch.uint8 if stream.gather is None else torch.int32)
+    counts = torch.empty(blocks * 16, dtype=torch.int16, device="cpu")
+    base, start = (torch.empty(blocks * each, dtype=torch.int32, device="cpu") for each in (4, 1))
+    kind = torch.uint8 if stream.gather is None else torch.int32
+    entries = torch.empty(2 * stream.col.numel(), dtype=kind, device="cpu")
     written = _ext.host().conv_blocks(
         stream.crow.data_ptr(), stream.col.data_ptr(),
         0 if stream.gather is None else stream.gather.data_ptr(),
@@ -177,7 +178,7 @@ def _input_plan(layout: Layout, g: Geometry, pixels: int) -> Tiled:
 
     def make() -> Tiled:
         stream = stream_of(layout)
-        crow = torch.empty(rows + 1, dtype=torch.int32)
+        crow = torch.empty(rows + 1, dtype=torch.int32, device="cpu")
         col, gather = torch.empty_like(stream.col), torch.empty_like(stream.col)
         stored = _ext.host().conv_transpose(
             _geometry(g), channels, stream.crow.data_ptr(), stream.col.data_ptr(),
@@ -210,7 +211,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     if channels_last(like):
-        return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     return like.new_empty(shape)
 
 

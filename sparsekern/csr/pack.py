@@ -25,11 +25,11 @@ def _pack_host(dense: Tensor) -> Csr:
     """The same on the compiled packers (csrc/csr)."""
     dense = dense if dense.stride(1) == 1 else dense.contiguous()
     (n, k), threads = dense.shape, torch.get_num_threads()
-    crow = torch.empty(n + 1, dtype=torch.int32)
+    crow = torch.empty(n + 1, dtype=torch.int32, device="cpu")
     where = (dense.data_ptr(), DTYPES[dense.dtype], n, k, dense.stride(0), crow.data_ptr())
     nnz = host().csr_count(*where, threads)
     if nnz < 0:
         raise ValueError(f"W[{n}, {k}] has 2^31 nonzeros or more, too many for int32 row starts")
-    col, values = torch.empty(nnz, dtype=torch.int32), dense.new_empty(nnz)
+    col, values = torch.empty(nnz, dtype=torch.int32, device="cpu"), dense.new_empty(nnz)
     host().csr_fill(*where, col.data_ptr(), values.data_ptr(), threads)
     return Csr(values=values, crow=crow, col=col, shape=(n, k))

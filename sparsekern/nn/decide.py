@@ -138,7 +138,7 @@ def measure(site: Site, trials: list[Trial], seen: Sequence[Seen], seconds: floa
         if todo:
             with torch.no_grad(), call.context():
                 variants = {i: _call(t.module, x) for i, t in todo.items()}
-                records = tune.measure(_call(site.dense[0], x), variants, m=tokens, seconds=seconds)
+                records = tune.measure(_call(site.dense[0], x), variants, m=tokens, seconds=seconds, device=call.device)
         for i, t in enumerate(trials):
             record = records.get(str(i)) or known[i]
             if record is None:

@@ -200,7 +200,7 @@ def speed_of(
         if not error <= 1e-3:
             raise RuntimeError(f"the converted model differs from the pruned one by {error:.3g} of the norm")
         calls = {"dense": lambda: feed(dense, sample), "converted": lambda: feed(ready, sample)}
-        times = measure(calls, repeats=500, seconds=seconds)
+        times = measure(calls, repeats=500, seconds=seconds, device=expected.device)
     theory = work[1] / work[0] if work[0] else None
     return Speed(times["dense"], times["converted"], theory, len(report.converted))
 

@@ -18,10 +18,11 @@ from types import ModuleType
 import pybind11
 from filelock import FileLock
 
-from sparsekern._sources import cuda_units
+from sparsekern._sources import cuda_units, find_nvcc
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+PROBES = HERE / "probes.cu"
 
 
 def build() -> ModuleType:
@@ -62,14 +63,27 @@ def build_probes() -> ModuleType:
     """The probes for the GPU that is here (sm_90a)."""
     folder = ROOT / "build" / f"probes-{sys.implementation.cache_tag}"
     folder.mkdir(parents=True, exist_ok=True)
-    out, source = folder / f"_probes{sysconfig.get_config_var('EXT_SUFFIX')}", HERE / "probes.cu"
-    sources = (source, *(ROOT / "csrc" / "device").glob("*.h"))
-    if not out.exists() or out.stat().st_mtime < max(path.stat().st_mtime for path in sources):
-        nvcc = os.environ.get("CUDACXX", "nvcc")
-        includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-        flags = ["-std=c++20", "-O2", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-shared"]
-        subprocess.run([nvcc, *flags, *includes, str(source), "-o", str(out)], check=True)
+    out = folder / f"_probes{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = (PROBES, *(ROOT / "csrc" / "device").glob("*.h"))
+    with FileLock(folder / "lock"):
+        if not out.exists() or out.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+            compile_probes(out, "-Xcompiler", "-fPIC", "-shared")
     return _load("_probes", out)
+
+
+def compile_probes(out: Path, *how: str) -> None:
+    """probes.cu by nvcc for sm_90a, into what `how` says. RuntimeError with nvcc's words where it cannot."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc found in CUDACXX, on PATH, in CUDA_HOME or in /usr/local/cuda")
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    flags = ["-std=c++20", "-O2", "-gencode", "arch=compute_90a,code=sm_90a"]
+    new = out.with_name(f"{out.name}.new")
+    command = [nvcc, *flags, *how, *includes, str(PROBES), "-o", str(new)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the probes cannot be built:\n{shlex.join(command)}\n{(done.stdout + done.stderr)[-4000:]}")
+    new.replace(out)
 
 
 def _load(name: str, out: Path) -> ModuleType:

@@ -1,7 +1,14 @@
-"""Every CUDA C++ kernel once, on small shapes: what compute-sanitizer runs (scripts/gpu)."""
+"""Every CUDA C++ kernel once, on small shapes: what compute-sanitizer runs (scripts/gpu).
+
+Usage: gpu.py [PART ...], of PARTS; without one, all of them.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -17,13 +24,14 @@ from sparsekern.csr import cuda as csr_cuda
 from sparsekern.sp24 import config, cuda
 from sparsekern.testing import random_dense, random_weight
 
+Formats = tuple[ModuleType, ...]
+
 
 def main() -> None:
     torch.set_default_device("cuda")
-    multiply()
-    convolve()
-    rows()
-    planes()
+    for name in sys.argv[1:] or PARTS:
+        PARTS[name]()
+    torch.cuda.synchronize()
 
 
 def report(what: str, y: Tensor, want: Tensor, most: float) -> None:
@@ -62,14 +70,16 @@ def convolve() -> None:
             report(f"{number} {kernel.family} {channels} channels", y, want, 1e-3)
 
 
-def rows(n: int = 330, k: int = 520, tokens: tuple[int, ...] = (1, 3, 12, 40, 130)) -> None:
+def rows(
+    n: int = 330, k: int = 520, tokens: tuple[int, ...] = (1, 3, 12, 40, 130), formats: Formats = (csr, bitmap)
+) -> None:
     """The three products of csr, and of bitmap those that differ: few tokens, and the weight written out."""
     for dtype in (torch.float32, torch.float16):
         dense = random_weight("csr", n, k, dtype, 0.15)
-        formats = ((csr.pack(dense), csr_cuda), (bitmap.pack(dense), bitmap_cuda))
         for m in tokens:
             x, dy = random_dense(m, k, dtype=dtype, seed=m), random_dense(m, n, dtype=dtype, seed=m + 1)
-            for layout, module in formats:
+            for format in formats:
+                layout, module = format.pack(dense), csr_cuda if format is csr else bitmap_cuda
                 name = f"{layout.format} {dtype} M={m}"
                 y = module.mm(layout, x, None, "relu")
                 report(f"{name} mm", y, functional.relu(x.float() @ dense.float().t()), 1e-3)
@@ -92,6 +102,15 @@ def planes() -> None:
             with mock.patch.object(rows_cuda, "worth_it", return_value=True):
                 report(f"csr conv2d {dtype} {order}", rows_cuda.conv2d(layout, x, None, g, "none"), want, 1e-3)
                 report(f"csr conv2d_input {dtype} {order}", rows_cuda.conv2d_input(layout, dy, g, 9, 7), back, 1e-3)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "multiply": multiply,
+    "convolve": convolve,
+    "csr": partial(rows, formats=(csr,)),
+    "bitmap": partial(rows, formats=(bitmap,)),
+    "planes": planes,
+}
 
 
 if __name__ == "__main__":
