@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sparsekern._ext import FP8
-from sparsekern._sources import cuda_units
+from sparsekern._sources import cuda_units, find_nvcc
 from sparsekern.sp24 import config
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +173,43 @@ def test_bitmaps_become_operands() -> None:
         for (arch, name), code in found.items():
             assert re.search(product, code), (arch, name)
             assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory on {arch}"
+
+
+OTHERS = [  # unit, operand type, architecture, what multiplies (None: not the tensor cores)
+    ("sp24/launch_sm80.cu", 1, "80", r"HMMA\.SP"),
+    ("sp24/launch_sm80.cu", 3, "86", r"IMMA\.SP"),
+    ("sp24/launch_sm80.cu", 4, "89", r"QMMA\.SP"),
+    ("sp24/launch_sm80.cu", 4, "120", r"QMMA\.SP"),
+    ("sp24/launch_sm80.cu", 2, "100", r"HMMA\.SP"),
+    ("sp24/launch_pack.cu", 1, "80", None),
+    ("bitmap/launch.cu", 0, "80", r"HMMA\.16816"),
+    ("bitmap/launch.cu", 0, "120", r"HMMA\.16816"),
+    ("csr/launch.cu", 0, "80", None),
+    ("csr/launch_conv.cu", 0, "89", None),
+]
+
+
+@pytest.mark.parametrize(("unit", "kind", "arch", "product"), OTHERS)
+def test_other_architectures(unit: str, kind: int, arch: str, product: str | None, tmp_path: Path) -> None:
+    """Units compiled here for cards that the module was not built for: no spills, the instruction that was meant.
+
+    Every unit for every architecture is a release's build (SPARSEKERN_CUDA_ARCHS, head of this file).
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    cubin = tmp_path / "unit.cubin"
+    flags = ["-std=c++20", "-O3", "-Xptxas", "-v", f"-arch=sm_{arch}", f"-DSK_TYPE={kind}", "-cubin"]
+    done = subprocess.run([nvcc, *flags, str(ROOT / "csrc" / unit), "-o", str(cubin)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not re.findall(r"[1-9]\d* bytes spill", done.stderr)
+    code = subprocess.run([disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\s*Function : (\S+)$", code, flags=re.MULTILINE)
+    found = {name: text for name, text in zip(parts[1::2], parts[2::2], strict=True) if "BPT.TRAP" not in text}
+    assert found
+    products = [text for name, text in found.items() if re.search(r"(sp24|bitmap)_(mm|decode)", name)]
+    assert bool(products) == (product is not None)
+    assert all(re.search(str(product), text) for text in products)
 
 
 LOGIC = [

@@ -59,6 +59,23 @@ SK_DEVICE void copy_tokens(const Mm& p, uint32_t to, int kb, uint32_t lane) {
     }
 }
 
+// The B operands of step s, from a slice of the tokens at this shared address: two of eight tokens at once.
+template <int kTokens>
+SK_DEVICE void load_tokens(uint32_t (&b)[kTokens / 8][2], uint32_t slice, int s, uint32_t lane) {
+    constexpr int kTiles = kTokens / 8;
+    SK_UNROLL
+    for (int j = 0; j < kTiles; j += 2) {
+        const uint32_t second = kTiles > 1 ? lane / 16 : 0, token = 8 * (j + second) + lane % 8;
+        const uint32_t chunk = 2 * s + lane / 8 % 2;
+        uint32_t both[4];
+        device::load_matrices(both, slice + token * 64 + (chunk ^ (token / 2 % 4)) * 16);
+        SK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            if (j + i / 2 < kTiles) b[j + i / 2][i % 2] = both[i];
+        }
+    }
+}
+
 template <class C>
 SK_KERNEL(C::kThreads, C::kBlocks)
 bitmap_mm_sm80(SK_PARAM Mm p) {
@@ -119,26 +136,19 @@ bitmap_mm_sm80(SK_PARAM Mm p) {
             load();
             const char* stage = ring + from * stage_bytes;
             const char* record = stage + C::kTokenBytes;
-            uint32_t b[C::kTokens / 8][4];
-            SK_UNROLL
-            for (int j = 0; j < C::kTokens / 8; ++j) {
-                const uint32_t token = 8 * j + my_lane % 8, chunk = my_lane / 8;
-                load_matrices(b[j], shared_address(stage) + token * 64 + (chunk ^ (token / 2 % 4)) * 16);
-            }
             uint32_t values = shared_address(record) + O::kValues;
             SK_UNROLL
             for (int s = 0; s < O::kSteps; ++s) {
                 const uint32_t bits = reinterpret_cast<const uint32_t*>(record + O::kBits)[32 * s + my_lane];
                 const Places where = places(bits, turns);
+                uint32_t b[C::kTokens / 8][2];
+                load_tokens<C::kTokens>(b, shared_address(stage), s, my_lane);
                 SK_UNROLL
                 for (int i = 0; i < 4; ++i) {
                     uint32_t a[4];
                     decode(a, bits, where, i, values);
                     SK_UNROLL
-                    for (int j = 0; j < C::kTokens / 8; ++j) {
-                        const uint32_t half[2] = {b[j][2 * s], b[j][2 * s + 1]};
-                        mma<T>(acc[i] + 4 * j, a, half);
-                    }
+                    for (int j = 0; j < C::kTokens / 8; ++j) mma<T>(acc[i] + 4 * j, a, b[j]);
                 }
             }
             from = from + 1 == C::kStages ? 0 : from + 1;
