@@ -12,11 +12,13 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 import sparsekern as sk
 from sparsekern import _ext, tune
@@ -145,11 +147,48 @@ def test_endings(dtype: torch.dtype) -> None:
     wide = guarded(residual, gap=5)
     for activation, most in itertools.product(ACTIVATIONS, (0, 1)):
         with poisoned():
-            y = launcher.mm(layout, x, bias, activation, wide.tensor, how("mm", layout, x, most=most))
+            y = launcher.mm(layout, x, bias, activation, residual=wide.tensor, how=how("mm", layout, x, most=most))
         right = reference_mm(dense, x.cpu(), bias.cpu(), activation) + residual.cpu().double()
         assert_close(y, right, dtype)
     dx = launcher.mm_t(layout, residual, x)
     assert_close(dx, reference_mm_t(dense, residual.cpu()) + x.cpu().double(), dtype)
+
+
+@pytest.mark.parametrize("most", [0, 1], ids=["whole", "cut"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float16], ids=str)
+def test_one_kernel_does_it_all(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, most: int) -> None:
+    """Scales of rows and tokens, bias, activation, residual, output type from the public call; nothing of torch's."""
+    m, n, k, small = 70, 150, 96, dtype.itemsize == 1
+    if ON_GPU and dtype == torch.float8_e4m3fn and _ext.capability(DEVICE) < 89:
+        pytest.skip("float8_e4m3fn needs compute capability 8.9")
+    dense = random_weight("bsr", n, k, torch.float32, 0.6, (128, 32))
+    layout = pack("bsr", dense.to(dtype), (128, 32)).to(device=DEVICE)
+    if small:
+        q = sk.prune.quantised(dense, dtype)
+        layout = pack("bsr", q.values, (128, 32), q.scale).to(device=DEVICE)
+    x, x_scale = (20 * random_dense(m, k, seed=1)).to(dtype).to(DEVICE), matrix(m, dtype=torch.float32, seed=2).abs()
+    bias, calls, real = matrix(n, dtype=torch.float32, seed=3), [], launcher.mm
+    monkeypatch.setattr(launcher, "mm", lambda *given, **more: calls.append(more) or real(*given, **more))
+    monkeypatch.setattr(
+        launcher.tuning, "chosen", lambda *call: replace(config(*SMALL, call[2].dtype, 0.6, 80), tokens=64, most=most)
+    )
+    for scaled, plus, out in (
+        (True, False, None), (False, True, None), (False, False, torch.float32), (True, True, torch.bfloat16),
+        (True, True, torch.float16),
+    ):  # fmt: skip
+        residual = matrix(m, n, dtype=out or (torch.float32 if small else dtype), seed=4) if plus else None
+        words = {"x_scale": x_scale if scaled else None, "residual": residual, "out_dtype": out}
+        y = sk.linear(x, layout, bias, "relu", "triton", **words)
+        right = x.cpu().double() @ layout.to(device="cpu").to_dense().double().t()
+        right = right * x_scale.cpu().double()[:, None] if scaled else right
+        right = (right + bias.cpu().double()).relu()
+        right = right if residual is None else right + residual.cpu().double()
+        assert y.dtype == (out or (torch.float32 if small else dtype))
+        assert_close(y, right, tol=2 * TOLERANCE[y.dtype])
+        assert set(calls.pop()) == {name for name, word in words.items() if word is not None}
+
+
+SMALL = ("mm", 70, 150, 96, (128, 32))  # its tiles of 64 tokens are large enough to be ended in two halves
 
 
 @pytest.mark.parametrize("activations", [torch.int8, *DTYPES], ids=str)
@@ -212,6 +251,40 @@ def test_skewed_rows_and_the_same_bits() -> None:
     ]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_grids_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch on one axis, which goes to 2^31 - 1: the others end at 65535, 2 M tokens in chunks of 32."""
+    from sparsekern.conv import Geometry
+    from sparsekern.conv import triton as convolution
+
+    grids: dict[str, tuple[int, ...]] = {}
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            class Kernel:
+                def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                    grids[name] = grid
+                    return lambda *given, **more: None
+
+            return Kernel()
+
+    for module in (launcher, convolution):
+        monkeypatch.setattr(module, "_kernels", Recorder)
+    _, layout = weight(128, 144, (128, 16), torch.float16, 1.0)
+    m, pixels = 3_000_000, (30, 320, 330)
+    x = matrix(1, 144, dtype=torch.float16).expand(m, 144)
+    made = replace(config("mm", 64, 128, 144, (128, 16), torch.float16, 1.0, 80), most=2)
+    launcher.mm(layout, x, None, "none", how=made)
+    images = matrix(1, 16, 1, 1, dtype=torch.float16).to(memory_format=torch.channels_last)
+    images = images.expand(pixels[0], 16, *pixels[1:])
+    monkeypatch.setattr(Tensor, "contiguous", lambda self, memory_format=None: self)
+    convolution.conv2d(layout, images, None, Geometry(3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1), "none", made)
+    assert set(grids) == {"bsr_mm", "bsr_mm_join", "bsr_conv", "bsr_conv_join"}
+    assert grids["bsr_mm_join"] == (-(-m // 32),)
+    for grid in grids.values():
+        assert grid[0] < 2**31
+        assert all(size <= 65535 for size in grid[1:])
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 100])
@@ -283,6 +356,50 @@ def test_update_topology() -> None:
             update_topology(layout, torch.ones(nb, kb, dtype=torch.bool))
 
 
+def test_update_topology_of_a_convolution() -> None:
+    """What captured graphs of a convolution read holds the new topology at once, in the same memory."""
+    from sparsekern.conv import Geometry
+    from sparsekern.conv import triton as convolution
+
+    dense, layout = weight(32, 288, (16, 16), torch.float32, 0.5)
+    g = Geometry(3, 3, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1)
+    x, dy = matrix(2, 32, 6, 5, dtype=torch.float32), matrix(2, 32, 3, 5, dtype=torch.float32, seed=2)
+
+    def results() -> tuple[Tensor, Tensor, Tensor]:
+        y = convolution.conv2d(layout, x, None, g, "none")
+        return y, convolution.conv2d_input(layout, dy, g, 6, 5), convolution.conv2d_weight(layout, dy, x, g)
+
+    def read() -> list[Tensor]:
+        """Everything that is kept for the kernels of this layout."""
+        values = [v for _, v in vars(layout.col.untyped_storage())["_sparsekern_plans"].values()]
+        return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+    results()
+    kept = read()
+    (nb, kb), nnzb = layout.grid, layout.values.shape[0]
+    mask = torch.zeros(nb * kb, dtype=torch.bool)
+    mask[torch.randperm(nb * kb, generator=generator(5))[:nnzb]] = True
+    before, pointers = [t.clone() for t in kept], [t.data_ptr() for t in kept]
+    update_topology(layout, mask.view(nb, kb).to(DEVICE))
+    assert sum(not torch.equal(a, b) for a, b in zip(before, kept, strict=True)) >= 5
+    fresh = layout.with_values(random_dense(*layout.values.shape, seed=3).to(DEVICE))
+    fresh = replace(fresh, crow=layout.crow.clone(), col=layout.col.clone())
+    old, layout = layout.with_values(fresh.values), fresh
+    right = results()
+    now = read()
+    assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))  # before any call with the old one
+    layout = old
+    assert all(torch.equal(a, b) for a, b in zip(results(), right, strict=True))
+    assert [t.data_ptr() for t in read()] == pointers
+    dense = layout.to(device="cpu").unpack()
+    leaves = [t.cpu().double().requires_grad_() for t in (x, weight_of(dense, (3, 3), "rsc"))]
+    y = functional.conv2d(*leaves, stride=(2, 1), padding=1)
+    y.backward(dy.cpu().double())
+    for got, want in zip(right[:2], (y, leaves[0].grad), strict=True):
+        assert_close(got, want)
+    assert_close(right[2], at_stored(layout, matrix_of(leaves[1].grad, "rsc")))
+
+
 # The grid of torch's own tests of its BSR kernels (test_sparse_csr.py, TestSparseCompressedTritonKernels).
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("block", [(16, 16), (16, 32), (32, 32), (64, 64)], ids=str)
@@ -298,7 +415,7 @@ def test_grid_of_torch(block: tuple[int, int], sparsity: float) -> None:
             residual = matrix(n, m, dtype=dtype, seed=4).t() if with_residual else None
             right = reference_mm(dense, x.cpu(), None if bias is None else bias.cpu())
             right = right if residual is None else right + residual.cpu().double()
-            assert_close(launcher.mm(layout, x, bias, "none", residual), right, dtype)
+            assert_close(launcher.mm(layout, x, bias, "none", residual=residual), right, dtype)
         dy = matrix(n, m, dtype=dtype, seed=5).t()
         dw = launcher.sddmm(layout, dy, x)
         assert_close(dw, at_stored(layout, reference_sddmm(dy.cpu(), x.cpu())), dtype)

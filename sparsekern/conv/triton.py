@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from .._ext import FP8, known_bias, multiprocessors, on_card
-from .._plan import plan
 from ..bsr import triton as product
 from ..bsr.config import Config, sides
 from ..bsr.layout import Bsr
-from ..bsr.work import Work, cut, kept, refill, rows_of
+from ..bsr.work import Work, cut, kept, refill, rows_of, walked_by
 from ..layout import Layout
 from .geometry import Geometry, channels_last
 
@@ -146,7 +145,7 @@ def _run(
         )  # fmt: skip
         if work.slots:
             rows = max(1, min(how.tokens, 4096 // outer))
-            _kernels().bsr_conv_join[(work.splits.shape[0], -(-pixels // rows))](
+            _kernels().bsr_conv_join[(work.splits.shape[0] * -(-pixels // rows),)](
                 partial, y, bias, work.splits, pixels, *grid, size, *places, tiles, **ending, ROWS=rows, num_warps=4
             )
 
@@ -171,7 +170,7 @@ def _forward_shifts(layout: Bsr, g: Geometry) -> Tensor:
         shifts = (r * g.dilation_h - g.top, s * g.dilation_w - g.left, channel // layout.block[1])
         return torch.stack(shifts, 1).int().contiguous()
 
-    return plan(layout.col, ("conv2d.shifts", layout.dims, g), make, lambda old: old.copy_(make()))
+    return kept(layout, ("conv2d", g), make, lambda old: old.copy_(make()))
 
 
 def _forward(layout: Bsr, g: Geometry, most: int) -> Walk:
@@ -203,6 +202,10 @@ def _backward(layout: Bsr, g: Geometry, phase: tuple[int, int], most: int) -> Wa
             old.gather.copy_(new.gather)
 
     return kept(layout, ("conv2d_input", g, phase, most), make, again)
+
+
+walked_by("conv2d", _forward_shifts)
+walked_by("conv2d_input", _backward)
 
 
 def _config(op: str, layout: Bsr, x: Tensor, pixels: int) -> Config:
