@@ -7,6 +7,7 @@ import json
 import pickle
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch.nn.utils import parametrizations, spectral_norm
 from torch.nn.utils import prune as torch_prune
 
 import sparsekern as sk
-from sparsekern import tune
+from sparsekern import dispatch, tune
+from sparsekern import formats as formats_module
+from sparsekern.csr import vendor as csr_vendor
 from sparsekern.nn import SparseLinear, SparseModule, convert, decide
 from sparsekern.nn.candidates import candidates, describe, first_suitable
 from sparsekern.patterns import analyse
@@ -1067,3 +1070,49 @@ def test_tied_layers_share_the_threshold(clock: Callable[..., Clock]) -> None:
 def test_thresholds_need_times() -> None:
     with pytest.raises(ValueError, match="thresholds=True needs policy='measured'"):
         sk.convert_(pruned(8, 8), policy="always", thresholds=True)
+
+
+def test_every_backend_that_may_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and the vendor's: each is a trial of its own, the report names the winner, calls follow it, and so does a
+    conversion from the cache."""
+    model = pruned(64, 32)
+    known = formats_module.FORMATS["csr"]
+    monkeypatch.setitem(formats_module.FORMATS, "csr", replace(known, backends={"cpu": ("host", "vendor")}))
+    dispatch._modules.cache_clear()
+    monkeypatch.setattr(csr_vendor, "why_not", lambda op, layout, x: None)
+    slow = {"host": 1.0, "vendor": 1.0}
+    ran: list[str] = []
+
+    def timed(dense: Any, variants: dict, *, m: int, seconds: float) -> dict[str, tune.Record]:
+        records = {}
+        for name, call in variants.items():
+            backend = name.partition(" ")[2]
+            ran.append(backend)
+            call()
+            records[name] = tune.Record(m, 4.0, slow.get(backend, 9.0), 0.0)
+        return records
+
+    monkeypatch.setattr(tune, "measure", timed)
+    monkeypatch.setattr(tune, "foreign_load", lambda: 0.0)
+    monkeypatch.setattr(decide, "backend_of", lambda module, x: ("host" if module.format == "csr" else "ref", ""))
+    try:
+        for winner, loser in (("vendor", "host"), ("host", "vendor")):
+            tune.clear()
+            slow.update({winner: 1.0, loser: 2.0})
+            for cached in (False, True):
+                ran.clear()
+                twin = copy.deepcopy(model)
+                report = sk.convert_(twin, format="csr", sample=torch.randn(8, 64), progress=False)
+                row = next(iter(report))
+                assert (row.status, row.backend) == ("converted", winner)
+                assert sorted(set(ran)) == ([] if cached else ["host", "vendor"])
+                layer = next(m for m in twin.modules() if isinstance(m, SparseLinear))
+                assert layer.backend is None
+                chosen = dispatch.choose("mm", layer.packed, torch.randn(8, 64))
+                assert chosen.__name__.endswith(winner)
+        with tune.disabled():  # nothing would be looked up, so only the first is timed
+            ran.clear()
+            sk.convert_(copy.deepcopy(model), format="csr", sample=torch.randn(8, 64), progress=False)
+            assert set(ran) <= {"host", ""}
+    finally:
+        dispatch._modules.cache_clear()

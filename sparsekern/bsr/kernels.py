@@ -52,7 +52,8 @@ def write(
     What all share is 64 bits wide and a scalar; offsets in a tile (`at` times a stride) are as wide as `at`. A
     large tile goes in two halves, or sums, residuals and their addresses do not fit in the registers.
     """
-    if ROWS * OUT >= (16384 if residual is None else 8192):
+    large: tl.constexpr = 16384 if residual is None else 8192
+    if large <= ROWS * OUT:
         half: tl.constexpr = OUT // 2
         left, right = tl.split(tl.permute(tl.reshape(v, (ROWS, 2, half)), (0, 2, 1)))
         write_columns(left, y, residual, start, at, row * OUT, size, y_stride, residual_stride, inside, half)
