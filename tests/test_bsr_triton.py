@@ -400,25 +400,60 @@ def test_update_topology_of_a_convolution() -> None:
     assert_close(right[2], at_stored(layout, matrix_of(leaves[1].grad, "rsc")))
 
 
-# The grid of torch's own tests of its BSR kernels (test_sparse_csr.py, TestSparseCompressedTritonKernels).
+# The grid of torch's own tests of its BSR kernels (test_sparse_csr.py, TestSparseCompressedTritonKernels):
+# bsr_dense_mm, bsr_dense_addmm with beta * input + alpha * (bsr @ dense), row scales (left_alpha), sampled_addmm.
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("block", [(16, 16), (16, 32), (32, 32), (64, 64)], ids=str)
-def test_grid_of_torch(block: tuple[int, int], sparsity: float) -> None:
-    """op x block x sparsity x bias x residual x row scale x strange strides, forward and sampled product."""
-    dtype, (r, c), m = torch.float16, block, 19
+def test_grid_of_torch(block: tuple[int, int], sparsity: float, dtype: torch.dtype) -> None:
+    """op x block x sparsity x type x bias x alpha, beta x row scale x strange strides, forward and sampled product.
+
+    alpha is a scale for every token, beta is multiplied into the residual; a row scale belongs to quantised weights.
+    """
+    ints = dtype == torch.int8
+    if ints and block[1] < 32:
+        pytest.skip("int8 products need blocks of at least 32 columns")
+    (r, c), m, out = block, 19, torch.float32 if ints else dtype
     n, k = 2 * r, 2 * c
-    dense, layout = weight(n, k, block, dtype, 1 - sparsity)
-    wide = matrix(k, 2 * m, dtype=dtype)
-    for x in (matrix(m, k, dtype=dtype), wide[:, ::2].t(), matrix(2 * m, k + 3, dtype=dtype)[::2, 3:]):
-        for with_bias, with_residual in ((False, False), (True, False), (True, True)):
-            bias = matrix(n, dtype=dtype, seed=3) if with_bias else None
-            residual = matrix(n, m, dtype=dtype, seed=4).t() if with_residual else None
-            right = reference_mm(dense, x.cpu(), None if bias is None else bias.cpu())
-            right = right if residual is None else right + residual.cpu().double()
-            assert_close(launcher.mm(layout, x, bias, "none", residual=residual), right, dtype)
+    dense = random_weight("bsr", n, k, dtype, 1 - sparsity, block)
+    scale = random_scale(n) if ints else None
+    layout = pack("bsr", dense, block, scale).to(device=DEVICE)
+    dense = dense.double() * (1 if scale is None else scale.double()[:, None])
+    whole = random_dense(2 * k + 3, 2 * k + 2 * m + 3, seed=1)
+    whole = ((20 * whole).round().clamp(-127, 127) if ints else whole).to(dtype).to(DEVICE)
+    given = (whole[:m, :k], whole[:k, : 2 * m : 2].t(), whole[: 2 * m : 2, 3 : k + 3])
+    for x, (with_bias, alpha, beta) in itertools.product(given, ((False, 1, 0), (True, 1, 0), (True, 0.7, 1.5))):
+        bias = matrix(n, dtype=out, seed=3) if with_bias else None
+        added = beta * matrix(n, m, dtype=out, seed=4).t() if beta else None
+        x_scale = torch.full((m,), alpha, device=DEVICE) if alpha != 1 else None
+        y = launcher.mm(layout, x, bias, "none", x_scale=x_scale, residual=added)
+        right = alpha * (x.cpu().double() @ dense.t())
+        right = right if bias is None else right + bias.cpu().double()
+        assert_close(y, right if added is None else right + added.cpu().double(), out)
+    if not ints:
         dy = matrix(n, m, dtype=dtype, seed=5).t()
-        dw = launcher.sddmm(layout, dy, x)
-        assert_close(dw, at_stored(layout, reference_sddmm(dy.cpu(), x.cpu())), dtype)
+        dw = launcher.sddmm(layout, dy, given[0])
+        assert_close(dw, at_stored(layout, reference_sddmm(dy.cpu(), given[0].cpu())), dtype)
+
+
+@pytest.mark.parametrize("size", [(0, 32, 32), (5, 0, 32), (5, 32, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+def test_size_zero(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """No tokens, no rows, no columns: torch's kernels are asked about them as well."""
+    m, n, k = size
+    ints = dtype == torch.int8
+    scale = torch.ones(n) if ints else None
+    layout = pack("bsr", torch.zeros(n, k, dtype=dtype), (32, 32), scale).to(device=DEVICE)
+    x, bias = torch.zeros(m, k, dtype=dtype, device=DEVICE), matrix(n, dtype=torch.float32, seed=3)
+    added = matrix(m, n, dtype=torch.float32, seed=4)
+    for residual in (None, added):
+        y = launcher.mm(layout, x, bias, "relu", residual=residual, out_dtype=torch.float32)
+        right = bias.relu().expand(m, n) if residual is None else bias.relu() + residual
+        assert torch.equal(y, right)
+    if not ints:
+        dy = torch.ones(m, n, dtype=dtype, device=DEVICE)
+        assert torch.equal(launcher.mm_t(layout, dy), torch.zeros(m, k, dtype=dtype, device=DEVICE))
+        assert launcher.sddmm(layout, dy, x).shape == layout.values.shape
 
 
 # The sizes of stk's tests (stk/ops/linear_ops_test.py), blocks of 128 as blocks of 16.
@@ -430,14 +465,29 @@ STK = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("ragged", [0, 5], ids=["whole", "ragged"])
 @pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)], ids=str)
 @pytest.mark.parametrize("size", STK, ids=str)
-def test_grid_of_stk(size: tuple[int, int, int, float], transposed: tuple[bool, bool]) -> None:
-    """sparse @ dense with either one transposed: the product and both gradients (dsd, dds and sdd of stk)."""
-    m, k, n, sparsity = (*(s // 8 for s in size[:3]), size[3])
-    dtype = torch.float32 if transposed == (True, True) and m * k * n < 128**3 else torch.float16
+def test_grid_of_stk(size: tuple[int, int, int, float], transposed: tuple[bool, bool], ragged: int) -> None:
+    """sparse @ dense with either one transposed: the product and both gradients (dsd, dds and sdd of stk).
+
+    On a GPU with stk's own sizes and blocks, in bfloat16 as well; interpreted an eighth of them, in one type a case.
+    ragged: sizes that no block divides, which stk does not have.
+    """
+    part, block = (1, (128, 128)) if ON_GPU else (8, (16, 16))
+    m, k, n = (s // part - ragged for s in size[:3])
+    if not ON_GPU and ragged and size[3] == 0.0:
+        pytest.skip("on a GPU only")
+    few = transposed == (True, True) and m * k * n < 128**3
+    for dtype in DTYPES if ON_GPU else (torch.float32,) if few else (torch.float16,):
+        _stk(m, k, n, size[3], transposed, block, dtype)
+
+
+def _stk(
+    m: int, k: int, n: int, sparsity: float, transposed: tuple[bool, bool], block: tuple[int, int], dtype: torch.dtype
+) -> None:
     flip_w, flip_x = transposed
-    dense, layout = weight(*((k, m) if flip_w else (m, k)), (16, 16), dtype, 1 - sparsity)
+    dense, layout = weight(*((k, m) if flip_w else (m, k)), block, dtype, 1 - sparsity)
     x = matrix(*((n, k) if flip_x else (k, n)), dtype=dtype).requires_grad_()
     w = sk.SparseTensor(layout, requires_grad=True)
     y = sk.matmul(w.t() if flip_w else w, x.t() if flip_x else x, backend="triton")

@@ -195,13 +195,30 @@ def add_parts(sums: Tensor, out: Tensor) -> None:
 
 def chosen(op: str, layout: Bsr, x: Tensor, m: int) -> Config:
     """The configuration for m rows of x's type: measured or the heuristic's; calls with equal sizes share it."""
-    return tuning.chosen(op, layout, x, m, fp32_precision() if x.dtype == torch.float32 else "ieee")
+    return tuning.chosen(op, layout, x, m, _precision(x))
 
 
-def tune(op: str, layout: Bsr, x: Tensor, timer: tuning.Timer, dy: Tensor | None = None) -> dict[Config, float]:
+def _precision(x: Tensor) -> str:
+    return fp32_precision() if x.dtype == torch.float32 else "ieee"
+
+
+FEW = 10  # configurations that a conversion tries for each call
+
+
+def tune_forward(layout: Bsr, x: Tensor, timer: tuning.Timer) -> None:
+    """Measures some configurations of `mm` for this call and remembers the times; once is enough."""
+    x = unit_rows(x)
+    if x.is_cuda and x.shape[0] and not tuning.is_known("mm", layout, x, _precision(x)):
+        tune("mm", layout, x, timer, few=FEW)
+
+
+def tune(
+    op: str, layout: Bsr, x: Tensor, timer: tuning.Timer, dy: Tensor | None = None, few: int | None = None
+) -> dict[Config, float]:
     """Measures every candidate of a product and remembers the times: {configuration: seconds}, the fastest first.
 
-    x [M, K] (mm, sddmm) or [M, N] (mm_t); dy [M, N] for sddmm; timer(call): the seconds that a call takes.
+    x [M, K] (mm, sddmm) or [M, N] (mm_t); dy [M, N] for sddmm; timer(call): the seconds that a call takes; few: with at
+    most so many candidates, those nearest to the rule's own choice.
     """
     if op == "sddmm" and dy is None:
         raise ValueError("sddmm needs dy")
@@ -211,8 +228,7 @@ def tune(op: str, layout: Bsr, x: Tensor, timer: tuning.Timer, dy: Tensor | None
             return mm(layout, x, None, "none", how=how)
         return mm_t(layout, x, how=how) if dy is None else sddmm(layout, dy, x, how)
 
-    precision = fp32_precision() if x.dtype == torch.float32 else "ieee"
-    times = dict(tuning.search(op, layout, x, run, timer, precision))
+    times = dict(tuning.search(op, layout, x, run, timer, _precision(x), few))
     return dict(sorted(times.items(), key=lambda pair: pair[1]))
 
 

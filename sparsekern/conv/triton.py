@@ -29,6 +29,8 @@ def why_not(op: str, layout: Layout, x: Tensor, g: Geometry) -> str | None:
     if layout.dtype in (torch.int8, FP8):
         return f"{str(layout.dtype).removeprefix('torch.')} convolution weights are not supported by the Triton kernels"
     (o, k), (r, c) = layout.shape, layout.block
+    if g.groups > 1 and k == g.taps:
+        return f"it is depthwise: of the {g.taps} weights of a channel there is nothing to skip that dense kernels read"
     if g.taps > 1 and g.order != 1:
         return "a block must lie inside one tap: K must run (r, s, c), order 'rsc'"
     if (k // g.taps) % c:

@@ -178,6 +178,10 @@ def _candidates(
         row, weight = site.row, site.weight
         found = analyse(weight, ways.CONV_BLOCKS if weight.dim() > 2 else ways.BLOCKS)
         row.pattern, row.density = ways.describe(found), found.density
+        if _depthwise(site):
+            row.status, row.reason = DENSE, "depthwise: a channel's few weights leave nothing to skip"
+            options[id(site)] = []
+            continue
         try:
             wanted = ways.candidates(found, format, block_size, prune)
         except ValueError as error:
@@ -195,6 +199,11 @@ def _candidates(
             "pass prune=True to keep the two largest of every group of four"
         )
     return options
+
+
+def _depthwise(site: Site) -> bool:
+    layer = site.dense[0]
+    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.in_channels == layer.groups
 
 
 def _no_pattern(found: Any, pattern: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import dispatch, roofline, tune
 from .._ext import capability
 from ..conv import Geometry, library
+from ..formats import backend_module
 from ..heuristic import predict
 from .base import SparseModule
 from .candidates import Candidate
@@ -164,6 +165,8 @@ def measure(site: Site, trials: list[Trial], seen: Sequence[Seen], seconds: floa
         todo = {f"{i} {name}": (t, name) for i, t in enumerate(trials) for name, r in known[i].items() if r is None}
         records: dict[str, tune.Record] = {}
         if todo:
+            for t in {id(t): t for t, _ in todo.values()}.values():
+                tune_kernels(t, call)
             with torch.no_grad(), call.context():
                 variants = {key: _call(_by(t, name), x) for key, (t, name) in todo.items()}
                 records = tune.measure(_call(site.dense[0], x), variants, m=tokens, seconds=seconds)
@@ -202,6 +205,34 @@ def best_of(trials: Sequence[Trial], worst: bool) -> tuple[Trial, float]:
     near = [t for t in trials if gains[id(t)] * (1 + min(MOST_NOISE, max(NOISE, t.spread))) >= most]
     best = min(near, key=lambda t: t.nbytes)
     return best, gains[id(best)]
+
+
+def tune_kernels(trial: Trial, call: Seen) -> None:
+    """Lets backends that have several ways to run a call measure them first, so that the best of each is timed.
+
+    The times are kept with the others: later calls, and other processes, take the same way. Not under autocast.
+    """
+    if call.autocast is not None or not tune.enabled() or call.device.type == "cpu":
+        return
+    module, x = trial.module, call.input()
+    for name in trial.backends:
+        if isinstance(module, SparseLinear):
+            ways = getattr(backend_module(module.format, name), "tune_forward", None)
+            given: tuple[Any, ...] = (x.reshape(-1, x.shape[-1]),)
+        else:
+            geometry = cast(Geometry, module.geometry)
+            ways = getattr(library.choose("conv2d", module.packed, x, name, geometry), "tune_forward", None)
+            given = (x, geometry)
+        if ways is not None:
+            with torch.no_grad():
+                ways(module.packed, *given, _seconds)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """What a call takes; a glance, since many ways are to be compared."""
+    from ..testing import measure as clock
+
+    return clock({"it": call}, repeats=50, warmup=2, seconds=0.05)["it"].median
 
 
 def _by(trial: Trial, backend: str) -> nn.Module:
