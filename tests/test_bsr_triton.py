@@ -631,6 +631,19 @@ def test_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert launcher.chosen("mm", layout, x, 20) == own
     with pytest.raises(ValueError, match="needs dy"):
         launcher.tune("sddmm", layout, x, timer)
+    tune.clear()
+    calls = itertools.count(10)
+    few = launcher.tune("mm", layout, x, timer, few=4)
+    assert len(few) == 4
+    assert max(launcher.tuning.differences(own, tried) for tried in few) == 1
+    assert launcher.tuning.is_known("mm", layout, x, "ieee")
+    assert not launcher.tuning.is_known("mm", layout, x[:1], "ieee")
+    if ON_GPU:  # what a conversion asks for: once
+        tune.clear()
+        for known in (False, True):
+            before = next(calls)
+            launcher.tune_forward(layout, x, timer)
+            assert (next(calls) > before + 1) is not known
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -668,6 +681,9 @@ def test_convolutions_that_cannot_be_run() -> None:
         layout = pack("bsr", random_weight("bsr", *shape, block=block), block).to(device=DEVICE)
         with pytest.raises(NotImplementedError, match=message):
             conv2d(x, layout, kernel_size=kernel, order=order, groups=groups, backend="triton")
+    depthwise = pack("bsr", random_weight("bsr", 32, 9, block=(16, 16)), (16, 16)).to(device=DEVICE)
+    with pytest.raises(NotImplementedError, match="it is depthwise: of the 9 weights of a channel"):
+        conv2d(matrix(1, 32, 5, 5, dtype=torch.float32), depthwise, kernel_size=3, groups=32, backend="triton")
     with pytest.raises(NotImplementedError, match="this weight is csr"):
         conv2d(x, pack("csr", torch.ones(8, 216)).to(device=DEVICE), order="rsc", backend="triton")
 

@@ -26,14 +26,14 @@ def chosen(op: str, layout: Bsr, x: Tensor, m: int, precision: str) -> Config:
     """The configuration of `op` for m rows of x's type: the fastest that was measured, else the heuristic's."""
     (nb, kb), blocks = layout.grid, layout.values.shape[0]
     call = (op, m, *layout.shape, layout.block, x.dtype, blocks / max(nb * kb, 1))
-    return _chosen(call, x.device, precision, tune.generation())
+    return _chosen(call, x.device, precision, tune.generation() if tune.enabled() else -1)
 
 
 @lru_cache(maxsize=4096)
 def _chosen(call: tuple[Any, ...], device: torch.device, precision: str, generation: int) -> Config:
     card: tuple[Any, ...] = (capability(device), multiprocessors(device), precision)
     known = []
-    if device.type == "cuda" and tune.enabled():
+    if device.type == "cuda" and generation >= 0:
         for tried in candidates(*call, *card):
             record = tune.lookup(_case(call, tried, device))
             if record is not None:

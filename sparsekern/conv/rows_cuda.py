@@ -418,11 +418,15 @@ class _Walks(NamedTuple):
     captured: dict[Any, _Walk]
 
 
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _recent(col: Tensor, key: Any, make: Callable[[], _Walk]) -> _Walk:
     """`make()`, remembered beside `col` with the other WALKS - 1 that were used last."""
     recent, captured = plan(col, "conv2d.walks", lambda: _Walks(OrderedDict(), {}))
     found = captured.get(key) or recent.pop(key, None) or make()
-    if col.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _capturing(col):
         captured[key] = found
     elif key not in captured:
         recent[key] = found
