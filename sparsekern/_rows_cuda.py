@@ -36,17 +36,44 @@ _FILL = 2700  # cycles that a slice of X takes from the second-level cache: what
 _STEP = 10  # cycles of a nonzero where one row is all that a block waits for; beside others it takes one
 
 
-def mm(w: Rows, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
-    y = x.new_empty(x.shape[0], w.shape[0])
+ENDINGS = frozenset(("x_scale", "residual", "out_dtype"))  # what mm takes beside bias and activation (_ending.py)
+
+
+def mm(
+    w: Rows,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    x_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Y = act(x_scale * X W^T + bias) + residual: x [M, K] -> [M, N] in out_dtype (None: x's type).
+
+    x_scale: float32 [M], one for each token; residual [M, N] of the output's type.
+    """
+    y = x.new_empty((x.shape[0], w.shape[0]), dtype=out_dtype or x.dtype)
     if y.numel() == 0:
         return y
     x, bias = unit_rows(x), known_bias(bias)
-    out = (y, 0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPES[bias.dtype])
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    residual = None if residual is None else unit_rows(residual)
+    out = (
+        y.data_ptr(),
+        y.stride(0),
+        DTYPES[y.dtype],
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPES[bias.dtype],
+        ACTIVATIONS[activation],
+        0 if x_scale is None else x_scale.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0),
+    )
     if x.shape[0] <= MV_TOKENS:
-        _mv(w, x, *out, ACTIVATIONS[activation])
+        _mv(w, x, out)
     else:
-        _mm(w, x, *out, ACTIVATIONS[activation])
+        _mm(w, x, out)
     return y
 
 
@@ -100,7 +127,7 @@ def sddmm(w: Rows, dy: Tensor, x: Tensor) -> Tensor:
     return out if splits == 1 else sums.sum(0).to(out.dtype)
 
 
-def _mm(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: int) -> None:
+def _mm(w: Rows, x: Tensor, out: tuple[int, ...]) -> None:
     (n, k), m = w.shape, x.shape[0]
     module, dtype = cuda(), DTYPES[x.dtype]
     topology, values = _topology(w), aligned(w.values)
@@ -129,18 +156,14 @@ def _mm(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: in
         n,
         k,
         0 if panels is None else panels.pointer,
-        y.data_ptr(),
-        n,
-        bias,
-        bias_type,
-        activation,
+        out,
         partials.data_ptr(),
         counters.data_ptr(),
         stream_of(x),
     )
 
 
-def _mv(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: int) -> None:
+def _mv(w: Rows, x: Tensor, out: tuple[int, ...]) -> None:
     (n, k), m = w.shape, x.shape[0]
     near = k <= 256 or w.col.shape[0] >= _DISTANCES * n * k
     values, units = aligned(w.values), _units(w, near)
@@ -166,11 +189,7 @@ def _mv(w: Rows, x: Tensor, y: Tensor, bias: int, bias_type: int, activation: in
         k,
         x.data_ptr(),
         x.stride(0),
-        y.data_ptr(),
-        n,
-        bias,
-        bias_type,
-        activation,
+        out,
         max(1, min(2 * multiprocessors(x.device), -(-units.units.shape[0] // 64))),
         partials.data_ptr(),
         counters.data_ptr(),

@@ -3,7 +3,8 @@
 A call takes a fixed cost, its bytes and its arithmetic, on either side. Few tokens are mostly bytes
 (decode), many mostly arithmetic (prefill), so M decides as much as the weight does. The constants are one
 core's of an AMX machine, fitted to measurements by bench/fit_heuristic.py, and scaled to the other
-instruction sets by their dense rates; only ratios matter, because cores scale both sides.
+instruction sets by their dense rates; only ratios matter, because cores scale both sides. GPUs have rooflines of
+their own (roofline.py).
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import NamedTuple
 
 import torch
 
+from . import roofline
+
 FORMATS = ("sp24", "bsr", "csr", "bitmap")
 OPS = ("mm", "mm_t", "sddmm")
-DECODE = 64  # at most so many tokens are called decode
+DECODE = roofline.DECODE  # at most so many tokens are called decode
 
 
 class Expected(NamedTuple):
@@ -65,22 +68,40 @@ def stored_bytes(format: str, n: int, k: int, item: int, density: float) -> floa
     return n * k * (stored * (item + _INDEX_BYTES[format]) + (0.125 if format == "bitmap" else 0.0))
 
 
-def predict(device: str, format: str, op: str, m: int, n: int, k: int, dtype: torch.dtype, density: float) -> Expected:
+def predict(
+    device: str,
+    format: str,
+    op: str,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    density: float,
+    block: tuple[int, int] = (32, 32),
+) -> Expected:
     """The backend, regime and speed-up over dense of one call Y[M, N] = X[M, K] W^T (or its mm_t, sddmm).
 
     device: "cpu-" and an instruction set (portable, avx2, avx512, avx512_bf16, amx), "cpu" without compiled
-    kernels, or "cuda"; density: the share of weights stored. Raises ValueError for names and sizes that
-    cannot be.
+    kernels, "cuda-" and a card (a100, rtx4090, h100, h200), or "cuda" for the h100; density: the share of weights
+    stored; block: of bsr, which counts on GPUs. Raises ValueError for names and sizes that cannot be. What is said of
+    GPUs no card has confirmed (roofline.py).
     """
     kind, _, isa = device.partition("-")
     if format not in FORMATS or op not in OPS:
         raise ValueError(f"expected a format of {', '.join(FORMATS)} and an op of {', '.join(OPS)}")
     if min(m, n, k) < 0 or not 0 <= density <= 1:
         raise ValueError(f"m, n, k must not be negative and density a share, got {(m, n, k, density)}")
-    if kind not in ("cpu", "cuda") or (isa and isa not in _SCALE):
-        raise ValueError(f"device must be cpu, cuda or cpu-<{', '.join(_SCALE)}>, got {device!r}")
+    if kind not in ("cpu", "cuda") or (isa and isa not in (_SCALE if kind == "cpu" else roofline.CARDS)):
+        raise ValueError(
+            f"device must be cpu, cuda, cpu-<{', '.join(_SCALE)}> or cuda-<{', '.join(roofline.CARDS)}>, got {device!r}"
+        )
     regime = "decode" if m <= DECODE else "prefill"
-    if kind == "cuda" or not isa or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if kind == "cuda":
+        card, work = roofline.CARDS[isa or "h100"], roofline.Work(op, m, n, k, dtype, density)
+        time = roofline.sparse_us(card, format, work, block)
+        backend = "triton" if format == "bsr" else "cuda"
+        return Expected(backend, regime, roofline.dense_us(card, work) / time) if time else Expected("ref", regime, 0.5)
+    if not isa or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         # The reference unpacks the weight before a dense product: never faster than that product.
         return Expected("ref", regime, 0.5)
     name = "float32" if dtype == torch.float32 else "bfloat16"

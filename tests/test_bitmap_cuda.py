@@ -219,10 +219,10 @@ def test_endings(emulated_once: ModuleType, m: int, dtype: torch.dtype) -> None:
     bias, scale = random_dense(70, seed=3), random_dense(m, seed=4).abs()
     for out in (None, torch.float32, torch.bfloat16):
         residual = random_dense(m, 70, dtype=out or dtype, seed=5)
-        y = cuda.mm(layout, x, bias, "silu", x_scale=scale, residual=residual, out_dtype=out)
+        y = cuda.mm(layout, x, bias, "silu", x_scale=scale, residual=residual, beta=-0.5, out_dtype=out)
         assert y.dtype == (out or dtype)
         want = ACTIVATIONS["silu"](x.double() @ w.double().t() * scale[:, None].double() + bias.double())
-        assert_near(y, want + residual.double())
+        assert_near(y, want - 0.5 * residual.double())
     with mock.patch.object(cuda, "_dense", side_effect=AssertionError("written out")):
         if dtype in HALVES and m <= cuda.DECODE:
             cuda.mm(layout, x, None, "none", x_scale=scale)

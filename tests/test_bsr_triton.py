@@ -12,11 +12,13 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 import sparsekern as sk
 from sparsekern import _ext, tune
@@ -145,11 +147,48 @@ def test_endings(dtype: torch.dtype) -> None:
     wide = guarded(residual, gap=5)
     for activation, most in itertools.product(ACTIVATIONS, (0, 1)):
         with poisoned():
-            y = launcher.mm(layout, x, bias, activation, wide.tensor, how("mm", layout, x, most=most))
+            y = launcher.mm(layout, x, bias, activation, residual=wide.tensor, how=how("mm", layout, x, most=most))
         right = reference_mm(dense, x.cpu(), bias.cpu(), activation) + residual.cpu().double()
         assert_close(y, right, dtype)
     dx = launcher.mm_t(layout, residual, x)
     assert_close(dx, reference_mm_t(dense, residual.cpu()) + x.cpu().double(), dtype)
+
+
+@pytest.mark.parametrize("most", [0, 1], ids=["whole", "cut"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float16], ids=str)
+def test_one_kernel_does_it_all(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, most: int) -> None:
+    """Scales of rows and tokens, bias, activation, residual, output type from the public call; nothing of torch's."""
+    m, n, k, small = 70, 150, 96, dtype.itemsize == 1
+    if ON_GPU and dtype == torch.float8_e4m3fn and _ext.capability(DEVICE) < 89:
+        pytest.skip("float8_e4m3fn needs compute capability 8.9")
+    dense = random_weight("bsr", n, k, torch.float32, 0.6, (128, 32))
+    layout = pack("bsr", dense.to(dtype), (128, 32)).to(device=DEVICE)
+    if small:
+        q = sk.prune.quantised(dense, dtype)
+        layout = pack("bsr", q.values, (128, 32), q.scale).to(device=DEVICE)
+    x, x_scale = (20 * random_dense(m, k, seed=1)).to(dtype).to(DEVICE), matrix(m, dtype=torch.float32, seed=2).abs()
+    bias, calls, real = matrix(n, dtype=torch.float32, seed=3), [], launcher.mm
+    monkeypatch.setattr(launcher, "mm", lambda *given, **more: calls.append(more) or real(*given, **more))
+    monkeypatch.setattr(
+        launcher.tuning, "chosen", lambda *call: replace(config(*SMALL, call[2].dtype, 0.6, 80), tokens=64, most=most)
+    )
+    for scaled, plus, out in (
+        (True, False, None), (False, True, None), (False, False, torch.float32), (True, True, torch.bfloat16),
+        (True, True, torch.float16),
+    ):  # fmt: skip
+        residual = matrix(m, n, dtype=out or (torch.float32 if small else dtype), seed=4) if plus else None
+        words = {"x_scale": x_scale if scaled else None, "residual": residual, "out_dtype": out}
+        y = sk.linear(x, layout, bias, "relu", "triton", **words)
+        right = x.cpu().double() @ layout.to(device="cpu").to_dense().double().t()
+        right = right * x_scale.cpu().double()[:, None] if scaled else right
+        right = (right + bias.cpu().double()).relu()
+        right = right if residual is None else right + residual.cpu().double()
+        assert y.dtype == (out or (torch.float32 if small else dtype))
+        assert_close(y, right, tol=2 * TOLERANCE[y.dtype])
+        assert set(calls.pop()) == {name for name, word in words.items() if word is not None}
+
+
+SMALL = ("mm", 70, 150, 96, (128, 32))  # its tiles of 64 tokens are large enough to be ended in two halves
 
 
 @pytest.mark.parametrize("activations", [torch.int8, *DTYPES], ids=str)
@@ -212,6 +251,40 @@ def test_skewed_rows_and_the_same_bits() -> None:
     ]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_grids_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch on one axis, which goes to 2^31 - 1: the others end at 65535, 2 M tokens in chunks of 32."""
+    from sparsekern.conv import Geometry
+    from sparsekern.conv import triton as convolution
+
+    grids: dict[str, tuple[int, ...]] = {}
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            class Kernel:
+                def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                    grids[name] = grid
+                    return lambda *given, **more: None
+
+            return Kernel()
+
+    for module in (launcher, convolution):
+        monkeypatch.setattr(module, "_kernels", Recorder)
+    _, layout = weight(128, 144, (128, 16), torch.float16, 1.0)
+    m, pixels = 3_000_000, (30, 320, 330)
+    x = matrix(1, 144, dtype=torch.float16).expand(m, 144)
+    made = replace(config("mm", 64, 128, 144, (128, 16), torch.float16, 1.0, 80), most=2)
+    launcher.mm(layout, x, None, "none", how=made)
+    images = matrix(1, 16, 1, 1, dtype=torch.float16).to(memory_format=torch.channels_last)
+    images = images.expand(pixels[0], 16, *pixels[1:])
+    monkeypatch.setattr(Tensor, "contiguous", lambda self, memory_format=None: self)
+    convolution.conv2d(layout, images, None, Geometry(3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1), "none", made)
+    assert set(grids) == {"bsr_mm", "bsr_mm_join", "bsr_conv", "bsr_conv_join"}
+    assert grids["bsr_mm_join"] == (-(-m // 32),)
+    for grid in grids.values():
+        assert grid[0] < 2**31
+        assert all(size <= 65535 for size in grid[1:])
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 100])
@@ -283,25 +356,104 @@ def test_update_topology() -> None:
             update_topology(layout, torch.ones(nb, kb, dtype=torch.bool))
 
 
-# The grid of torch's own tests of its BSR kernels (test_sparse_csr.py, TestSparseCompressedTritonKernels).
+def test_update_topology_of_a_convolution() -> None:
+    """What captured graphs of a convolution read holds the new topology at once, in the same memory."""
+    from sparsekern.conv import Geometry
+    from sparsekern.conv import triton as convolution
+
+    dense, layout = weight(32, 288, (16, 16), torch.float32, 0.5)
+    g = Geometry(3, 3, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1)
+    x, dy = matrix(2, 32, 6, 5, dtype=torch.float32), matrix(2, 32, 3, 5, dtype=torch.float32, seed=2)
+
+    def results() -> tuple[Tensor, Tensor, Tensor]:
+        y = convolution.conv2d(layout, x, None, g, "none")
+        return y, convolution.conv2d_input(layout, dy, g, 6, 5), convolution.conv2d_weight(layout, dy, x, g)
+
+    def read() -> list[Tensor]:
+        """Everything that is kept for the kernels of this layout."""
+        values = [v for _, v in vars(layout.col.untyped_storage())["_sparsekern_plans"].values()]
+        return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+    results()
+    kept = read()
+    (nb, kb), nnzb = layout.grid, layout.values.shape[0]
+    mask = torch.zeros(nb * kb, dtype=torch.bool)
+    mask[torch.randperm(nb * kb, generator=generator(5))[:nnzb]] = True
+    before, pointers = [t.clone() for t in kept], [t.data_ptr() for t in kept]
+    update_topology(layout, mask.view(nb, kb).to(DEVICE))
+    assert sum(not torch.equal(a, b) for a, b in zip(before, kept, strict=True)) >= 5
+    fresh = layout.with_values(random_dense(*layout.values.shape, seed=3).to(DEVICE))
+    fresh = replace(fresh, crow=layout.crow.clone(), col=layout.col.clone())
+    old, layout = layout.with_values(fresh.values), fresh
+    right = results()
+    now = read()
+    assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))  # before any call with the old one
+    layout = old
+    assert all(torch.equal(a, b) for a, b in zip(results(), right, strict=True))
+    assert [t.data_ptr() for t in read()] == pointers
+    dense = layout.to(device="cpu").unpack()
+    leaves = [t.cpu().double().requires_grad_() for t in (x, weight_of(dense, (3, 3), "rsc"))]
+    y = functional.conv2d(*leaves, stride=(2, 1), padding=1)
+    y.backward(dy.cpu().double())
+    for got, want in zip(right[:2], (y, leaves[0].grad), strict=True):
+        assert_close(got, want)
+    assert_close(right[2], at_stored(layout, matrix_of(leaves[1].grad, "rsc")))
+
+
+# The grid of torch's own tests of its BSR kernels (test_sparse_csr.py, TestSparseCompressedTritonKernels):
+# bsr_dense_mm, bsr_dense_addmm with beta * input + alpha * (bsr @ dense), row scales (left_alpha), sampled_addmm.
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("block", [(16, 16), (16, 32), (32, 32), (64, 64)], ids=str)
-def test_grid_of_torch(block: tuple[int, int], sparsity: float) -> None:
-    """op x block x sparsity x bias x residual x row scale x strange strides, forward and sampled product."""
-    dtype, (r, c), m = torch.float16, block, 19
+def test_grid_of_torch(block: tuple[int, int], sparsity: float, dtype: torch.dtype) -> None:
+    """op x block x sparsity x type x bias x alpha, beta x row scale x strange strides, forward and sampled product.
+
+    alpha is a scale for every token, beta is multiplied into the residual; a row scale belongs to quantised weights.
+    """
+    ints = dtype == torch.int8
+    if ints and block[1] < 32:
+        pytest.skip("int8 products need blocks of at least 32 columns")
+    (r, c), m, out = block, 19, torch.float32 if ints else dtype
     n, k = 2 * r, 2 * c
-    dense, layout = weight(n, k, block, dtype, 1 - sparsity)
-    wide = matrix(k, 2 * m, dtype=dtype)
-    for x in (matrix(m, k, dtype=dtype), wide[:, ::2].t(), matrix(2 * m, k + 3, dtype=dtype)[::2, 3:]):
-        for with_bias, with_residual in ((False, False), (True, False), (True, True)):
-            bias = matrix(n, dtype=dtype, seed=3) if with_bias else None
-            residual = matrix(n, m, dtype=dtype, seed=4).t() if with_residual else None
-            right = reference_mm(dense, x.cpu(), None if bias is None else bias.cpu())
-            right = right if residual is None else right + residual.cpu().double()
-            assert_close(launcher.mm(layout, x, bias, "none", residual), right, dtype)
+    dense = random_weight("bsr", n, k, dtype, 1 - sparsity, block)
+    scale = random_scale(n) if ints else None
+    layout = pack("bsr", dense, block, scale).to(device=DEVICE)
+    dense = dense.double() * (1 if scale is None else scale.double()[:, None])
+    whole = random_dense(2 * k + 3, 2 * k + 2 * m + 3, seed=1)
+    whole = ((20 * whole).round().clamp(-127, 127) if ints else whole).to(dtype).to(DEVICE)
+    given = (whole[:m, :k], whole[:k, : 2 * m : 2].t(), whole[: 2 * m : 2, 3 : k + 3])
+    for x, (with_bias, alpha, beta) in itertools.product(given, ((False, 1, 0), (True, 1, 0), (True, 0.7, 1.5))):
+        bias = matrix(n, dtype=out, seed=3) if with_bias else None
+        added = beta * matrix(n, m, dtype=out, seed=4).t() if beta else None
+        x_scale = torch.full((m,), alpha, device=DEVICE) if alpha != 1 else None
+        y = launcher.mm(layout, x, bias, "none", x_scale=x_scale, residual=added)
+        right = alpha * (x.cpu().double() @ dense.t())
+        right = right if bias is None else right + bias.cpu().double()
+        assert_close(y, right if added is None else right + added.cpu().double(), out)
+    if not ints:
         dy = matrix(n, m, dtype=dtype, seed=5).t()
-        dw = launcher.sddmm(layout, dy, x)
-        assert_close(dw, at_stored(layout, reference_sddmm(dy.cpu(), x.cpu())), dtype)
+        dw = launcher.sddmm(layout, dy, given[0])
+        assert_close(dw, at_stored(layout, reference_sddmm(dy.cpu(), given[0].cpu())), dtype)
+
+
+@pytest.mark.parametrize("size", [(0, 32, 32), (5, 0, 32), (5, 32, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+def test_size_zero(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """No tokens, no rows, no columns: torch's kernels are asked about them as well."""
+    m, n, k = size
+    ints = dtype == torch.int8
+    scale = torch.ones(n) if ints else None
+    layout = pack("bsr", torch.zeros(n, k, dtype=dtype), (32, 32), scale).to(device=DEVICE)
+    x, bias = torch.zeros(m, k, dtype=dtype, device=DEVICE), matrix(n, dtype=torch.float32, seed=3)
+    added = matrix(m, n, dtype=torch.float32, seed=4)
+    for residual in (None, added):
+        y = launcher.mm(layout, x, bias, "relu", residual=residual, out_dtype=torch.float32)
+        right = bias.relu().expand(m, n) if residual is None else bias.relu() + residual
+        assert torch.equal(y, right)
+    if not ints:
+        dy = torch.ones(m, n, dtype=dtype, device=DEVICE)
+        assert torch.equal(launcher.mm_t(layout, dy), torch.zeros(m, k, dtype=dtype, device=DEVICE))
+        assert launcher.sddmm(layout, dy, x).shape == layout.values.shape
 
 
 # The sizes of stk's tests (stk/ops/linear_ops_test.py), blocks of 128 as blocks of 16.
@@ -313,14 +465,29 @@ STK = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("ragged", [0, 5], ids=["whole", "ragged"])
 @pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)], ids=str)
 @pytest.mark.parametrize("size", STK, ids=str)
-def test_grid_of_stk(size: tuple[int, int, int, float], transposed: tuple[bool, bool]) -> None:
-    """sparse @ dense with either one transposed: the product and both gradients (dsd, dds and sdd of stk)."""
-    m, k, n, sparsity = (*(s // 8 for s in size[:3]), size[3])
-    dtype = torch.float32 if transposed == (True, True) and m * k * n < 128**3 else torch.float16
+def test_grid_of_stk(size: tuple[int, int, int, float], transposed: tuple[bool, bool], ragged: int) -> None:
+    """sparse @ dense with either one transposed: the product and both gradients (dsd, dds and sdd of stk).
+
+    On a GPU with stk's own sizes and blocks, in bfloat16 as well; interpreted an eighth of them, in one type a case.
+    ragged: sizes that no block divides, which stk does not have.
+    """
+    part, block = (1, (128, 128)) if ON_GPU else (8, (16, 16))
+    m, k, n = (s // part - ragged for s in size[:3])
+    if not ON_GPU and ragged and size[3] == 0.0:
+        pytest.skip("on a GPU only")
+    few = transposed == (True, True) and m * k * n < 128**3
+    for dtype in DTYPES if ON_GPU else (torch.float32,) if few else (torch.float16,):
+        _stk(m, k, n, size[3], transposed, block, dtype)
+
+
+def _stk(
+    m: int, k: int, n: int, sparsity: float, transposed: tuple[bool, bool], block: tuple[int, int], dtype: torch.dtype
+) -> None:
     flip_w, flip_x = transposed
-    dense, layout = weight(*((k, m) if flip_w else (m, k)), (16, 16), dtype, 1 - sparsity)
+    dense, layout = weight(*((k, m) if flip_w else (m, k)), block, dtype, 1 - sparsity)
     x = matrix(*((n, k) if flip_x else (k, n)), dtype=dtype).requires_grad_()
     w = sk.SparseTensor(layout, requires_grad=True)
     y = sk.matmul(w.t() if flip_w else w, x.t() if flip_x else x, backend="triton")
@@ -464,6 +631,19 @@ def test_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert launcher.chosen("mm", layout, x, 20) == own
     with pytest.raises(ValueError, match="needs dy"):
         launcher.tune("sddmm", layout, x, timer)
+    tune.clear()
+    calls = itertools.count(10)
+    few = launcher.tune("mm", layout, x, timer, few=4)
+    assert len(few) == 4
+    assert max(launcher.tuning.differences(own, tried) for tried in few) == 1
+    assert launcher.tuning.is_known("mm", layout, x, "ieee")
+    assert not launcher.tuning.is_known("mm", layout, x[:1], "ieee")
+    if ON_GPU:  # what a conversion asks for: once
+        tune.clear()
+        for known in (False, True):
+            before = next(calls)
+            launcher.tune_forward(layout, x, timer)
+            assert (next(calls) > before + 1) is not known
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,6 +681,9 @@ def test_convolutions_that_cannot_be_run() -> None:
         layout = pack("bsr", random_weight("bsr", *shape, block=block), block).to(device=DEVICE)
         with pytest.raises(NotImplementedError, match=message):
             conv2d(x, layout, kernel_size=kernel, order=order, groups=groups, backend="triton")
+    depthwise = pack("bsr", random_weight("bsr", 32, 9, block=(16, 16)), (16, 16)).to(device=DEVICE)
+    with pytest.raises(NotImplementedError, match="it is depthwise: of the 9 weights of a channel"):
+        conv2d(matrix(1, 32, 5, 5, dtype=torch.float32), depthwise, kernel_size=3, groups=32, backend="triton")
     with pytest.raises(NotImplementedError, match="this weight is csr"):
         conv2d(x, pack("csr", torch.ones(8, 216)).to(device=DEVICE), order="rsc", backend="triton")
 

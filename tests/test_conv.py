@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import sparsekern as sk
 from sparsekern import _ext
-from sparsekern.conv import matrix_of, weight_of
+from sparsekern.conv import Geometry, library, matrix_of, weight_of
 from sparsekern.formats import FORMATS
 from sparsekern.functional import conv2d
 from sparsekern.nn import SparseConv2d, WeightSparseConv2d, dense_state_dict
@@ -25,7 +25,10 @@ from sparsekern.testing import (
     generator,
     guarded,
     host_isa,
+    pack,
     poisoned,
+    random_dense,
+    random_weight,
     relative_error,
     threads,
 )
@@ -436,3 +439,25 @@ def test_bad_arguments():
             call()
     with pytest.raises(NotImplementedError, match=r"'host' cannot run csr_conv2d.*float64"):
         conv2d(x.double(), w.to(dtype=torch.float64), backend="host")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("format", ["sp24", "bsr"])
+def test_quantised_weights_have_no_compiled_convolution(format: str, dtype: torch.dtype) -> None:
+    """Every compiled backend says so, and plain torch runs them."""
+    from sparsekern.prune import quantised
+
+    q = quantised(random_weight(format, 32, 288, block=16), dtype)
+    layout = pack(format, q.values, 16, q.scale)
+    x, g = random_dense(1, 32, 5, 5), Geometry(3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1)
+    for backend in ("host", "triton"):
+        if backend == "triton" and format == "sp24":
+            continue
+        reason = library.why_not(backend, "conv2d", layout, x, g)
+        if reason is not None and "no such backend" not in reason and "missing" not in reason:
+            assert "convolution weights are not supported" in reason
+        else:
+            assert reason is not None
+    y = conv2d(x, layout, padding=1, kernel_size=3, order="rsc")
+    right = nn.functional.conv2d(x.double(), weight_of(layout.to_dense().double(), (3, 3), "rsc"), padding=1)
+    assert_close(y, right)

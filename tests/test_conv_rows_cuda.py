@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import sparsekern as sk
+from sparsekern import tune
 from sparsekern.conv import Geometry, library, matrix_of, padding_of, rows_cuda, weight_of
 from sparsekern.conv.geometry import pair
 from sparsekern.formats import FORMATS
@@ -318,3 +320,67 @@ def test_module(emulated_once: ModuleType, direct: None) -> None:
     sparse.backend = "cuda"
     assert_close(sparse(x).detach(), conv.double()(x.double()).detach(), torch.float32)
     assert torch.equal(weight_of(sparse.packed.unpack(), (3, 3), sparse.order).double(), conv.weight.detach())
+
+
+def test_walks_of_many_widths(emulated_once: ModuleType) -> None:
+    """Images of ever new sizes leave few walks behind; those that a captured graph may read stay."""
+    layout = sk.to_csr(pruned(4, 4, 3, 3).flatten(1)).packed
+    made: list[int] = []
+
+    def walk(width: int) -> Any:
+        return rows_cuda._recent(layout.col, width, lambda: made.append(width) or (width,))
+
+    for width in (*range(20), *range(12, 20)):
+        assert walk(width) == (width,)
+    assert made == list(range(20))  # the last eight were remembered
+    with mock.patch.object(rows_cuda, "_capturing", return_value=True):
+        walk(12), walk(3)
+    for width in range(30, 50):
+        walk(width)
+    made.clear()
+    walk(3), walk(12), walk(49)
+    assert not made
+    layout.col.add_(0)  # another topology: nothing of the old one is left
+    walk(3)
+    assert made == [3]
+    x = images(1, 4, 5, 40)
+    with mock.patch.object(rows_cuda, "worth_it", return_value=True):
+        for width in range(5, 30):
+            conv2d(x[..., :width], layout, kernel_size=3, padding=1, backend="cuda")
+    walks = [p for _, p in vars(layout.col.untyped_storage())["_sparsekern_plans"].values()]
+    (walks,) = (p for p in walks if isinstance(p, rows_cuda._Walks))
+    assert len(walks.recent) == rows_cuda.WALKS
+
+
+def test_measured_roads(emulated_once: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The faster road of a call is taken once both were measured, whatever arithmetic says; asked once."""
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path))
+    tune.forget()
+    layout, x = sk.to_csr(pruned(8, 8, 3, 3).flatten(1)).packed, images(1, 8, 6, 6)
+    g = Geometry(3, 3, 1, 1, 1, 1, 1, 1, 1, 1)
+    direct, right = mock.Mock(wraps=rows_cuda._run), conv2d(x, layout, kernel_size=3, padding=1, backend="ref")
+    monkeypatch.setattr(rows_cuda, "_run", direct)
+
+    def ran() -> bool:
+        before = direct.call_count
+        assert_close(conv2d(x, layout, kernel_size=3, padding=1, backend="cuda"), right.double())
+        return direct.call_count > before
+
+    for expected in (False, True):
+        with mock.patch.object(rows_cuda, "worth_it", return_value=expected):
+            assert ran() is expected
+            for faster in ("direct", "dense"):
+                times = iter((1.0, 2.0) if faster == "direct" else (2.0, 1.0))
+
+                def timer(call: Any, times: Any = times) -> float:
+                    call()
+                    return next(times)
+
+                rows_cuda.tune_forward(layout, x, g, timer)
+                rows_cuda.tune_forward(layout, x, g, timer)  # nothing is left to measure
+                assert ran() is (faster == "direct")
+                with tune.disabled():
+                    assert ran() is expected
+                tune.clear()
+            assert ran() is expected
+    tune.forget()

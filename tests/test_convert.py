@@ -7,6 +7,7 @@ import json
 import pickle
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch.nn.utils import parametrizations, spectral_norm
 from torch.nn.utils import prune as torch_prune
 
 import sparsekern as sk
-from sparsekern import tune
+from sparsekern import dispatch, tune
+from sparsekern import formats as formats_module
+from sparsekern.csr import vendor as csr_vendor
 from sparsekern.nn import SparseLinear, SparseModule, convert, decide
 from sparsekern.nn.candidates import candidates, describe, first_suitable
 from sparsekern.patterns import analyse
@@ -866,13 +869,19 @@ def test_convs_are_measured_at_their_images(clock) -> None:
 
 
 def test_1x1_and_depthwise() -> None:
+    """A 1 x 1 kernel is a product; a depthwise one has nothing to skip, says so and stays dense under any policy."""
     model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, groups=16, padding=1)).eval()
     sk.prune.magnitude_(model, "2:4", keep_mask=False)
     x = rand(1, 16, 6, 6)
     want = model(x)
     report = sk.convert_(model, policy="always", sample=x)
-    assert [row.status for row in report] == ["converted", "converted"]
+    assert [row.status for row in report] == ["converted", "dense"]
+    assert "depthwise" in report["1"].reason
     assert torch.allclose(model(x), want, atol=1e-5)
+    for format in formats_module.FORMATS:
+        alone = nn.Sequential(copy.deepcopy(model[1]))
+        row = sk.convert_(alone, format, policy="always", progress=False)["0"]
+        assert (row.status, "depthwise" in row.reason) == ("dense", True)
 
 
 def test_a_shared_conv_head() -> None:
@@ -1070,3 +1079,82 @@ def test_tied_layers_share_the_threshold(clock: Callable[..., Clock]) -> None:
 def test_thresholds_need_times() -> None:
     with pytest.raises(ValueError, match="thresholds=True needs policy='measured'"):
         sk.convert_(pruned(8, 8), policy="always", thresholds=True)
+
+
+def test_every_backend_that_may_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and the vendor's: each is a trial of its own, the report names the winner, calls follow it, and so does a
+    conversion from the cache."""
+    model = pruned(64, 32)
+    known = formats_module.FORMATS["csr"]
+    monkeypatch.setitem(formats_module.FORMATS, "csr", replace(known, backends={"cpu": ("host", "vendor")}))
+    dispatch._modules.cache_clear()
+    monkeypatch.setattr(csr_vendor, "why_not", lambda op, layout, x: None)
+    slow = {"host": 1.0, "vendor": 1.0}
+    ran: list[str] = []
+
+    def timed(dense: Any, variants: dict, *, m: int, seconds: float) -> dict[str, tune.Record]:
+        records = {}
+        for name, call in variants.items():
+            backend = name.partition(" ")[2]
+            ran.append(backend)
+            call()
+            records[name] = tune.Record(m, 4.0, slow.get(backend, 9.0), 0.0)
+        return records
+
+    monkeypatch.setattr(tune, "measure", timed)
+    monkeypatch.setattr(tune, "foreign_load", lambda: 0.0)
+    monkeypatch.setattr(decide, "backend_of", lambda module, x: ("host" if module.format == "csr" else "ref", ""))
+    try:
+        for winner, loser in (("vendor", "host"), ("host", "vendor")):
+            tune.clear()
+            slow.update({winner: 1.0, loser: 2.0})
+            for cached in (False, True):
+                ran.clear()
+                twin = copy.deepcopy(model)
+                report = sk.convert_(twin, format="csr", sample=torch.randn(8, 64), progress=False)
+                row = next(iter(report))
+                assert (row.status, row.backend) == ("converted", winner)
+                assert sorted(set(ran)) == ([] if cached else ["host", "vendor"])
+                layer = next(m for m in twin.modules() if isinstance(m, SparseLinear))
+                assert layer.backend is None
+                chosen = dispatch.choose("mm", layer.packed, torch.randn(8, 64))
+                assert chosen.__name__.endswith(winner)
+        with tune.disabled():  # nothing would be looked up, so only the first is timed
+            ran.clear()
+            sk.convert_(copy.deepcopy(model), format="csr", sample=torch.randn(8, 64), progress=False)
+            assert set(ran) <= {"host", ""}
+    finally:
+        dispatch._modules.cache_clear()
+
+
+def test_backends_measure_their_ways_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: configurations of a kernel, roads of a convolution; not on a CPU, nor where nothing is remembered."""
+    asked: list[tuple[Any, ...]] = []
+
+    def ways(*given: Any) -> None:
+        asked.append(given[:-1])
+        assert given[-1](lambda: None) > 0
+
+    from sparsekern.conv import host as conv_host
+    from sparsekern.csr import host
+
+    monkeypatch.setattr(host, "tune_forward", ways, raising=False)
+    monkeypatch.setattr(conv_host, "tune_forward", ways, raising=False)
+    if dispatch.why_not("host", "mm", sk.to_csr(rand(4, 4)).packed, rand(1, 4)) is not None:
+        pytest.skip("needs the compiled module")
+    linear = SparseLinear.from_dense(nn.Linear(8, 8), format="csr")
+    conv = sk.SparseConv2d.from_dense(nn.Conv2d(4, 4, 3), format="csr")
+    for module, x in ((linear, rand(2, 3, 8)), (conv, rand(1, 4, 5, 5))):
+        trial = decide.Trial(None, None, ("host",))  # type: ignore[arg-type]
+        trial.module = module
+        for device, times in (("cpu", 0), ("meta", 1)):  # any that is no CPU
+            call = decide.Seen(tuple(x.shape), x.dtype, x.stride(), torch.device(device), x=x)
+            decide.tune_kernels(trial, call)
+            with tune.disabled():
+                decide.tune_kernels(trial, call)
+            assert len(asked) == times
+        (given,) = asked
+        assert given[0].format == "csr"
+        assert given[1].shape == ((6, 8) if module is linear else x.shape)
+        assert len(given) == (2 if module is linear else 3)
+        asked.clear()

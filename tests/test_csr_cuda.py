@@ -83,9 +83,10 @@ def test_shapes(emulated: ModuleType, shape: tuple[int, int], sparsity: float, m
     check_products(weight(*shape, sparsity), m, bias=m != 5)
 
 
-@pytest.mark.parametrize("m", [*range(0, 70), 127, 128, 129, 130])
-def test_every_token_count(emulated_once: ModuleType, m: int) -> None:
-    check_products(weight(20, 90, 0.7), m)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("m", range(131))
+def test_every_token_count(emulated_once: ModuleType, m: int, dtype: torch.dtype) -> None:
+    check_products(weight(20, 90, 0.7, dtype), m)
 
 
 @pytest.mark.parametrize("m", [1, 9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 from typing import Any
 
@@ -12,13 +13,13 @@ from conftest import Backend, Fp8Bounds
 from torch import Tensor
 
 import sparsekern as sk
-from sparsekern import dispatch, testing
+from sparsekern import dispatch, formats, testing
 from sparsekern._ending import Ending
 from sparsekern._ext import FP8
 from sparsekern._library import MM
 from sparsekern.layout import Layout
 from sparsekern.ref import ACTIVATIONS
-from sparsekern.sp24 import cuda, vendor
+from sparsekern.sp24 import vendor
 from sparsekern.testing import TOLERANCE, assert_close, poisoned, random_dense
 
 N, K = 35, 52
@@ -125,20 +126,30 @@ def test_a_factor_and_gradients() -> None:
         sk.linear(x, layout, beta=2.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, FP8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, FP8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("format", ["sp24", "csr", "bitmap"])
 def test_one_kernel_on_a_gpu(
-    emulated_once: ModuleType, fp8_bounds: Fp8Bounds, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    emulated_once: ModuleType,
+    fp8_bounds: Fp8Bounds,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    dtype: torch.dtype,
 ) -> None:
-    """sp24 on CUDA does it all at once, from the public call; one op, and nothing of torch's after it."""
-    case = Case("sp24")
-    layout = case.pack(case.dense(N, K, dtype)) if dtype == torch.bfloat16 else quantised(case, dtype)
+    """CUDA kernels do it all at once, from the public call; one op, and nothing of torch's after it.
+
+    So do Triton's (test_bsr_triton.py).
+    """
+    case, module = Case(format), formats.backend_module(format, "cuda")
+    if (dtype.itemsize == 1 and format != "sp24") or (dtype == torch.float32 and format != "csr"):
+        pytest.skip("a format without this type")
+    layout = quantised(case, dtype) if dtype.itemsize == 1 else case.pack(case.dense(N, K, dtype))
     calls = []
-    real = cuda.mm
-    monkeypatch.setattr(cuda, "mm", lambda *given, **more: calls.append(more) or real(*given, **more))
-    for scaled, plus, out in WAYS:
-        x, x_scale = tokens(12, dtype), random_dense(12, seed=4).abs()
-        natural = dtype if dtype == torch.bfloat16 else torch.float32
-        residual = random_dense(12, N, dtype=out or natural, seed=5) if plus else None
+    real = module.mm
+    monkeypatch.setattr(module, "mm", lambda *given, **more: calls.append(more) or real(*given, **more))
+    for (scaled, plus, out), m in itertools.product(WAYS, (3, 12)):
+        x, x_scale = tokens(m, dtype), random_dense(m, seed=4).abs()
+        natural = torch.float32 if dtype.itemsize == 1 else dtype
+        residual = random_dense(m, N, dtype=out or natural, seed=5) if plus else None
         scale = x_scale if scaled else None
         words: dict[str, Any] = {"x_scale": scale, "residual": residual, "out_dtype": out}
         y = sk.linear(x, layout, None, "relu", "cuda", **words)

@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Low to high; a module imports only from its own row (inside a format: see below) or from lower ones.
 ROWS = (
-    {"_sources", "_ext", "_plan", "_rows", "_workspace", "layout", "tune", "heuristic", "patterns"},
+    {"_sources", "_ext", "_plan", "_rows", "_workspace", "layout", "tune", "roofline", "heuristic", "patterns"},
     {"formats/layout"},
     {"formats/pack"},
     {"_rows", "_rows_cuda"},

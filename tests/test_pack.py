@@ -369,3 +369,14 @@ def test_packing_is_quick() -> None:
     for name, t in times.items():
         print(f"{name}: 1024 x 1024 packed in {t}")
         assert t.median < 1.0
+
+
+def test_row_starts_do_not_wrap() -> None:
+    """2^31 nonzeros are refused by the packer of GPUs as by the compiled one, without a matrix of that size."""
+    from sparsekern.csr.pack import row_starts
+
+    fits, many = torch.tensor([2**31 - 11, 10]), torch.tensor([2**31 - 10, 10])
+    assert row_starts(fits, 2**31).tolist() == [0, 2**31 - 11, 2**31 - 1]
+    assert row_starts(fits, 2**31).dtype == torch.int32
+    with pytest.raises(ValueError, match=r"W\[2, 2147483648\] has 2\^31 nonzeros or more"):
+        row_starts(many, 2**31)

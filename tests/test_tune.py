@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 import sparsekern as sk
 from bench import fit_heuristic
-from sparsekern import dispatch, formats, heuristic, tune
+from sparsekern import dispatch, formats, heuristic, roofline, tune
 from sparsekern.heuristic import predict
 from sparsekern.tune import Case, Record
 
@@ -287,7 +288,8 @@ def test_dispatch_follows_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None
 
 # Predictions ------------------------------------------------------------------------------------------------
 
-DEVICES = ("cpu", "cuda", *(f"cpu-{isa}" for isa in heuristic._SCALE))
+CARDS = tuple(f"cuda-{card}" for card in roofline.CARDS)
+DEVICES = ("cpu", "cuda", *CARDS, *(f"cpu-{isa}" for isa in heuristic._SCALE))
 SIZES = (0, 1, 7, 16, 64, 65, 512, 4096)
 
 
@@ -317,6 +319,46 @@ def test_fewer_weights_are_never_slower(isa: str, format: str, m: int) -> None:
         predict(f"cpu-{isa}", format, "mm", m, 2048, 2048, torch.float32, d).speedup for d in (0.05, 0.2, 0.5, 0.9)
     ]
     assert gains == sorted(gains, reverse=True)
+
+
+@pytest.mark.parametrize("device", CARDS)
+@pytest.mark.parametrize("format", ["csr", "bsr", "bitmap"])
+@pytest.mark.parametrize("m", [1, 16, 128, 2048])
+def test_fewer_weights_are_never_slower_on_a_gpu(device: str, format: str, m: int) -> None:
+    for dtype, op in itertools.product((torch.float32, torch.bfloat16), heuristic.OPS):
+        gains = [predict(device, format, op, m, 8192, 8192, dtype, d).speedup for d in (0.0, 0.05, 0.2, 0.5, 0.9)]
+        assert gains == sorted(gains, reverse=True)
+
+
+@pytest.mark.parametrize("device", CARDS)
+def test_predictions_for_gpus_know_the_known_cases(device: str) -> None:
+    """The cases that rooflines alone decide (block_and_csr, semi_structured): no card has confirmed the figures."""
+    half = torch.bfloat16
+
+    def gain(format: str, m: int, density: float, dtype: torch.dtype = half, size: int = 8192, **more: Any) -> float:
+        return predict(device, format, "mm", m, size, size, dtype, density, **more).speedup
+
+    assert 1.2 < gain("sp24", 1, 0.5) <= 1.78  # bytes: 0.5625 of dense ones
+    assert 1 < gain("sp24", 8192, 0.5) < 2
+    assert gain("sp24", 8192, 0.5, torch.float32) == 0.5  # no kernel
+    assert gain("bsr", 8192, 0.1, block=(128, 128)) > 3
+    assert gain("bsr", 8192, 0.5, block=(16, 16)) < 1  # small blocks wait for the second-level cache
+    assert gain("bsr", 8192, 0.5, block=(16, 16)) < gain("bsr", 8192, 0.5, block=(64, 64))
+    assert gain("bsr", 16, 0.1, block=(64, 64)) > 2
+    assert gain("csr", 512, 0.3) < 1  # float32 units against tensor cores
+    assert gain("csr", 1, 0.1) > 1.5
+    assert gain("csr", 512, 0.05, torch.float32) > 1
+    assert gain("bitmap", 1, 0.5) > 1.1
+    assert gain("bitmap", 512, 0.5) < 1
+    assert gain("bsr", 1, 0.1, size=64) < 1  # a small layer is all overhead
+    assert predict(device, "sp24", "mm_t", 512, 4096, 4096, half, 0.5).speedup < 1
+
+
+def test_cards_are_recognised() -> None:
+    known = {80: "a100", 86: "rtx4090", 89: "rtx4090", 90: "h100", 100: "h200", 120: "rtx4090"}
+    assert {cc: roofline.card(cc) for cc in known} == known
+    assert roofline.card(90, "NVIDIA H200") == "h200"
+    assert roofline.card(90, "NVIDIA GH200 480GB") == "h200"
 
 
 def test_predictions_know_the_known_cases() -> None:
@@ -373,6 +415,7 @@ def test_rows_that_the_fit_must_not_see() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
+        ("cuda-amx", "csr", "mm", 1, 1, 1, torch.float32, 0.5), ("cpu-h100", "csr", "mm", 1, 1, 1, torch.float32, 0.5),
         ("cpu-sse", "csr", "mm", 1, 1, 1, torch.float32, 0.5),
         ("tpu", "csr", "mm", 1, 1, 1, torch.float32, 0.5),
         ("cpu", "coo", "mm", 1, 1, 1, torch.float32, 0.5),

@@ -25,6 +25,7 @@ struct MmCall {
     int64_t x_stride, y_stride, residual_stride;
     int m, n, k, longest;  // longest: bytes of a record
     int out_type, bias_type, activation, workers;
+    float beta;
 };
 
 struct ExpandCall {
@@ -33,7 +34,8 @@ struct ExpandCall {
     int n, k;
 };
 
-// Y[M, N] = act(x_scale * X[M, K] W[N, K]^T + bias) + residual. All throw std::runtime_error where the launch fails.
+// Y[M, N] = act(x_scale * X[M, K] W[N, K]^T + bias) + beta * residual. All throw std::runtime_error where the launch
+// fails.
 void mm(const MmCall& call);
 void to_dense(const ExpandCall& call);
 void from_dense(const ExpandCall& call);

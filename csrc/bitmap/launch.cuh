@@ -63,7 +63,7 @@ private:
                       reinterpret_cast<const void*>(c.residual),
                       c.residual_stride,
                       1.0f,
-                      1.0f,
+                      c.beta,
                       static_cast<Type>(c.bias_type),
                       static_cast<Type>(c.out_type),
                       static_cast<device::Activation>(c.activation)};

@@ -30,10 +30,10 @@ std::vector<ConvTileInfo> conv_tiles(int type);
 int slice_columns();
 int mv_staged_bytes();
 
-struct Out {  // of mm and mv
-    uint64_t y, bias;
-    int64_t y_stride;
-    int bias_type, activation;
+struct Out {  // what the sums become (device/epilogue.h); 0 where there is no bias, scale or residual
+    uint64_t y, bias, x_scale, residual;
+    int64_t y_stride, residual_stride;
+    int type, bias_type, activation;
 };
 
 struct PanelsCall {

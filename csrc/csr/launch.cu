@@ -63,7 +63,7 @@ void mm(const MmCall& c) {
             p.token_tiles = up(c.m, C::kTokens);
             p.partials = pointer<float>(c.partials);
             p.counters = pointer<uint32_t>(c.counters);
-            p.epilogue = epilogue(c.out, c.type);
+            p.epilogue = epilogue(c.out);
             const auto blocks = static_cast<unsigned>(c.items_count * p.token_tiles);
             device::launch("csr_mm", csr_mm<C>, {blocks, 1, C::kThreads, C::kSharedBytes}, c.stream, p);
         });
@@ -94,7 +94,7 @@ void mv(const MvCall& c) {
             p.staged = int64_t{c.k} * C::kTokens * 4 <= C::kSharedBytes;
             p.partials = pointer<float>(c.partials);
             p.counters = pointer<uint32_t>(c.counters);
-            p.epilogue = epilogue(c.out, c.type);
+            p.epilogue = epilogue(c.out);
             device::launch("csr_mv", csr_mv<C>, {static_cast<unsigned>(c.workers), 1, C::kThreads, C::kSharedBytes},
                            c.stream, p);
         });

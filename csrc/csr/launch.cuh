@@ -39,12 +39,15 @@ T* pointer(uint64_t address) {
 
 inline int up(int a, int b) { return (a + b - 1) / b; }
 
-inline device::Epilogue epilogue(const Out& out, int type) {
+inline device::Epilogue epilogue(const Out& out) {
     device::Epilogue e{};
+    e.x_scale = pointer<const float>(out.x_scale);
     e.bias = pointer<const void>(out.bias);
-    e.alpha = 1.0f;
+    e.residual = pointer<const void>(out.residual);
+    e.residual_stride = out.residual_stride;
+    e.alpha = e.beta = 1.0f;
     e.bias_type = static_cast<Type>(out.bias_type);
-    e.out_type = static_cast<Type>(type);
+    e.out_type = static_cast<Type>(out.type);
     e.activation = static_cast<device::Activation>(out.activation);
     return e;
 }

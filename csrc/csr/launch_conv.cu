@@ -90,7 +90,8 @@ void conv(const ConvCall& c) {
             p.map_rows = c.walk[7];
             p.partials = pointer<float>(c.partials);
             p.counters = pointer<uint32_t>(c.counters);
-            p.epilogue = epilogue({c.y, c.bias, 0, c.bias_type, c.activation}, c.type);
+            p.epilogue = epilogue(
+                {.y = c.y, .bias = c.bias, .type = c.type, .bias_type = c.bias_type, .activation = c.activation});
             const device::Shape shape{static_cast<unsigned>(c.items_count) * static_cast<unsigned>(p.tiles), 1,
                                       C::kThreads, C::kSharedBytes};
             device::launch("csr_conv", csr_conv<C>, shape, c.stream, p);

@@ -43,7 +43,9 @@ from ..ref import ACTIVATIONS as FUNCTIONS
 from . import fragments
 from .layout import Bitmap
 
-ENDINGS = frozenset(("x_scale", "residual", "out_dtype"))  # what mm takes beside bias and activation (_ending.py)
+ENDINGS = frozenset(
+    ("x_scale", "residual", "beta", "out_dtype")
+)  # what mm takes besides (_ending.py)
 DECODE = 64  # tokens
 BY_ROWS = {1: 0.2, 2: 0.13, 3: 0.13, 4: 0.13}  # tokens: densities below which the weight is read as rows
 HALVES = (torch.bfloat16, torch.float16)
@@ -68,10 +70,11 @@ def mm(
     *,
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    beta: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Y = act(x_scale * X W^T + bias) + residual: x [M, K] -> [M, N] in out_dtype."""
-    ending = _ending.Ending(x_scale, residual, out_dtype)
+    """Y = act(x_scale * X W^T + bias) + beta * residual: x [M, K] -> [M, N] in out_dtype."""
+    ending = _ending.Ending(x_scale, residual, out_dtype, beta=beta)
     asked, m = ending.asked(), x.shape[0]
     if m and min(layout.shape) and m <= DECODE and layout.dtype in HALVES and (asked or not by_rows(layout, m)):
         how = _choice(layout, m, x.device)
@@ -122,6 +125,7 @@ def _decode(
     workers: int,
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    beta: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     n, m = layout.shape[0], x.shape[0]
@@ -152,6 +156,7 @@ def _decode(
         ACTIVATIONS[activation],
         0 if residual is None else residual.data_ptr(),
         0 if residual is None else residual.stride(0),
+        beta,
         workers,
         partials.data_ptr(),
         counters.data_ptr(),

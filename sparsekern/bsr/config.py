@@ -116,6 +116,11 @@ def config(
     return replace(made, group=group, most=_most(stored, rows, tiles, sms * resident), resident=resident)
 
 
+def beside_a_residual(made: Config, outer: int) -> Config:
+    """The same with at most 128 x 128 sums: residuals and their addresses take registers, too."""
+    return replace(made, tokens=min(made.tokens, max(16, 128 * 128 // outer)))
+
+
 def candidates(
     op: str,
     m: int,
@@ -150,7 +155,9 @@ def _mm(op: str, m: int, block: tuple[int, int], dtype: torch.dtype, precision: 
     if dtype == torch.float32:
         if precision == "ieee":  # no tensor cores: small tiles, or the accumulators spill
             return Config(tokens=16 if m <= 16 else 32 if outer > 64 else 64, depth=16, warps=4, stages=2)
-        return Config(tokens=16 if m <= 16 else 64, depth=min(inner, 32), warps=4, stages=3)
+        # Three products hold their operands twice, as large and as small parts: 64 x 128 sums leave four warps no room.
+        warps = 8 if m > 16 and outer >= 128 and inner >= 32 else 4
+        return Config(tokens=16 if m <= 16 else 64, depth=min(inner, 32), warps=warps, stages=3)
     depth = min(inner, 128 // dtype.itemsize)
     if m <= 16:  # bytes: many loads on their way
         return Config(tokens=16, depth=min(inner, 128), warps=4, stages=5)
@@ -169,7 +176,8 @@ def _sddmm(m: int, block: tuple[int, int], dtype: torch.dtype, precision: str) -
     size = block[0] * block[1]
     warps = 8 if size >= 128 * 128 else 4
     if dtype == torch.float32:
-        return Config(tokens=16 if precision == "ieee" else 32, depth=16, warps=8 if size > 64 * 64 else 4, stages=2)
+        short = precision == "ieee" or (precision == "tf32x3" and size >= 128 * 128)  # operands held twice
+        return Config(tokens=16 if short else 32, depth=16, warps=8 if size > 64 * 64 else 4, stages=2)
     return Config(tokens=32 if m <= 32 else 64, depth=16, warps=warps, stages=4)
 
 

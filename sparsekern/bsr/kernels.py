@@ -27,25 +27,51 @@ def activate(v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, row, size, bias, scale, SCALED: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr):
-    """act(scale * acc + bias) in float32; bias and scale are None where there is none."""
+def finish(
+    acc, row, at, inside, size, bias, scale, x_scale, SCALED: tl.constexpr, OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """act(scale * x_scale[at] * acc + bias) in float32; bias and the scales are None where there is none."""
     o = row * OUT + tl.arange(0, OUT)
     v = acc.to(tl.float32)
     if SCALED:
         v = v * tl.load(scale + o, mask=o < size, other=0.0)[None, :]
+    if x_scale is not None:
+        v = v * tl.load(x_scale + at, mask=inside, other=0.0)[:, None]
     if bias is not None:
         v = v + tl.load(bias + o, mask=o < size, other=0.0).to(tl.float32)[None, :]
     return activate(v, ACTIVATION)
 
 
 @triton.jit
-def write(v, y, residual, at, row, size, y_stride, residual_stride, inside, OUT: tl.constexpr):
-    """y[at, columns of this row] = v (+ residual), where `inside` and within the matrix."""
-    o = row * OUT + tl.arange(0, OUT)
+def write(
+    v, y, residual, start, at, row, size, y_stride, residual_stride, inside, ROWS: tl.constexpr, OUT: tl.constexpr
+):
+    """y[start + at, columns of this row] = v (+ residual), where `inside` and within the matrix.
+
+    What all share is 64 bits wide and a scalar; offsets in a tile (`at` times a stride) are as wide as `at`. A
+    large tile goes in two halves, or sums, residuals and their addresses do not fit in the registers.
+    """
+    large: tl.constexpr = 16384 if residual is None else 8192
+    if large <= ROWS * OUT:
+        half: tl.constexpr = OUT // 2
+        left, right = tl.split(tl.permute(tl.reshape(v, (ROWS, 2, half)), (0, 2, 1)))
+        write_columns(left, y, residual, start, at, row * OUT, size, y_stride, residual_stride, inside, half)
+        write_columns(right, y, residual, start, at, row * OUT + half, size, y_stride, residual_stride, inside, half)
+    else:
+        write_columns(v, y, residual, start, at, row * OUT, size, y_stride, residual_stride, inside, OUT)
+
+
+@triton.jit
+def write_columns(v, y, residual, start, at, column, size, y_stride, residual_stride, inside, OUT: tl.constexpr):
+    """`write` of columns [column, column + OUT)."""
+    o = column + tl.arange(0, OUT)
     mask = inside[:, None] & (o < size)[None, :]
     if residual is not None:
-        v = v + tl.load(residual + at[:, None] * residual_stride + o[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + at[:, None] * y_stride + o[None, :], v.to(y.dtype.element_ty), mask=mask)
+        there = residual + tl.cast(start, tl.int64) * residual_stride
+        v = v + tl.load(there + (at[:, None] * residual_stride + o[None, :]), mask=mask, other=0.0).to(tl.float32)
+    here = y + tl.cast(start, tl.int64) * y_stride
+    tl.store(here + (at[:, None] * y_stride + o[None, :]), v.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -102,13 +128,13 @@ def item_and_tile(tile, items, token_tiles, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "token_tiles"])
 def bsr_mm(
-    x, w, y, partial, bias, scale, residual, items, inner, gather,
+    x, w, y, partial, bias, scale, x_scale, residual, items, inner, gather,
     m, size, inner_size, x_stride, y_stride, residual_stride, count, token_tiles,
     OUT: tl.constexpr, IN: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN: tl.constexpr, TMA: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr,
     ACC: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x W^T scale + bias) + residual, or y = x W where TRANSPOSED, over a list of work (work.py).
+    """y = act(x_scale * x W^T scale + bias) + residual, or y = x W where TRANSPOSED, over a list of work (work.py).
 
     x [m, inner_size] and the blocks of w come through pointers, or through TMA descriptors of [TOKENS, DEPTH] and of a
     [DEPTH, OUT] (TRANSPOSED) or [OUT, DEPTH] part. EVEN: inner_size is a multiple of IN.
@@ -159,20 +185,33 @@ def bsr_mm(
                     within = tl.arange(0, TOKENS)[:, None] * OUT + tl.arange(0, OUT)[None, :]
                     tl.store(partial + here + within, acc)
                 else:
-                    v = finish(acc, row, size, bias, scale, SCALED and not TRANSPOSED, OUT, ACTIVATION)
-                    write(v, y, residual, tokens.to(tl.int64), row, size, y_stride, residual_stride, tokens < m, OUT)
+                    v = finish(
+                        acc, row, tokens, tokens < m, size, bias, scale, x_scale, SCALED and not TRANSPOSED, OUT,
+                        ACTIVATION,
+                    )  # fmt: skip
+                    write(
+                        v, y, residual, t * TOKENS, tl.arange(0, TOKENS), row, size, y_stride, residual_stride,
+                        tokens < m, TOKENS, OUT,
+                    )  # fmt: skip
+
+
+@triton.jit
+def split_and_start(tokens, ROWS: tl.constexpr):
+    """Which cut row and which tokens a program of a second pass has: one axis, since the others end at 65535."""
+    chunks = tl.cdiv(tokens, ROWS)
+    return tl.program_id(0) // chunks, tl.program_id(0) % chunks * ROWS
 
 
 @triton.jit(do_not_specialize=["token_tiles"])
 def bsr_mm_join(
-    partial, y, bias, scale, residual, splits, m, size, y_stride, residual_stride, token_tiles,
+    partial, y, bias, scale, x_scale, residual, splits, m, size, y_stride, residual_stride, token_tiles,
     OUT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, SCALED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """The rows that were cut: their partial sums, in order, then the same ending. A program has ROWS of the TOKENS."""
-    row = tl.load(splits + tl.program_id(0) * 3)
-    first = tl.load(splits + tl.program_id(0) * 3 + 1)
-    count = tl.load(splits + tl.program_id(0) * 3 + 2)
-    start = tl.program_id(1) * ROWS
+    split, start = split_and_start(m, ROWS)
+    row = tl.load(splits + split * 3)
+    first = tl.load(splits + split * 3 + 1)
+    count = tl.load(splits + split * 3 + 2)
     tokens = start + tl.arange(0, ROWS)
     within = (start % TOKENS + tl.arange(0, ROWS))[:, None] * OUT + tl.arange(0, OUT)[None, :]
     if row >= 0:
@@ -180,8 +219,8 @@ def bsr_mm_join(
         for i in range(0, count):
             here = ((first + i) * token_tiles + start // TOKENS).to(tl.int64) * (TOKENS * OUT)
             acc += tl.load(partial + here + within)
-        v = finish(acc, row, size, bias, scale, SCALED, OUT, ACTIVATION)
-        write(v, y, residual, tokens.to(tl.int64), row, size, y_stride, residual_stride, tokens < m, OUT)
+        v = finish(acc, row, tokens, tokens < m, size, bias, scale, x_scale, SCALED, OUT, ACTIVATION)
+        write(v, y, residual, start, tl.arange(0, ROWS), row, size, y_stride, residual_stride, tokens < m, ROWS, OUT)
 
 
 @triton.jit(do_not_specialize=["share", "blocks"])
@@ -200,18 +239,22 @@ def bsr_sddmm(
     for t in range(first, tl.minimum(first + share, m), TOKENS):
         tokens = t + tl.arange(0, TOKENS)
         if TMA:
-            a = dy.load([t, r])
+            a = tl.trans(dy.load([t, r]))
             b = x.load([t, c])
-        else:
-            at = tokens.to(tl.int64)[:, None]
-            inside = tokens[:, None] < m
+        else:  # dy is read as it is multiplied: turned round after it was read, it would wait in registers
+            at = tokens.to(tl.int64)
+            inside = tokens < m
             if EVEN:
-                a = tl.load(dy + at * dy_stride + ri[None, :], mask=inside, other=0.0)
-                b = tl.load(x + at * x_stride + ci[None, :], mask=inside, other=0.0)
+                a = tl.load(dy + at[None, :] * dy_stride + ri[:, None], mask=inside[None, :], other=0.0)
+                b = tl.load(x + at[:, None] * x_stride + ci[None, :], mask=inside[:, None], other=0.0)
             else:
-                a = tl.load(dy + at * dy_stride + ri[None, :], mask=inside & (ri < n)[None, :], other=0.0)
-                b = tl.load(x + at * x_stride + ci[None, :], mask=inside & (ci < k)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+                a = tl.load(
+                    dy + at[None, :] * dy_stride + ri[:, None], mask=inside[None, :] & (ri < n)[:, None], other=0.0
+                )
+                b = tl.load(
+                    x + at[:, None] * x_stride + ci[None, :], mask=inside[:, None] & (ci < k)[None, :], other=0.0
+                )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     here = (tl.program_id(1).to(tl.int64) * blocks + block) * (R * C)
     within = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     tl.store(out + here + within, acc.to(out.dtype.element_ty))

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .._ext import FP8, capability, known_bias, multiprocessors, on_card, unit_rows, why_not_triton
+from ..ref import result_dtype
 from . import tuning
-from .config import LARGEST, PRECISIONS, SMALLEST, Config, sides
+from .config import LARGEST, PRECISIONS, SMALLEST, Config, beside_a_residual, sides
 from .layout import Bsr
 from .work import by_columns, rows_of, work_list
 
-ENDINGS = frozenset(("residual",))  # what mm takes beside bias and activation (_ending.py)
+ENDINGS = frozenset(("x_scale", "residual", "out_dtype"))  # what mm takes beside bias and activation (_ending.py)
 _NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -79,19 +80,25 @@ def mm(
     x: Tensor,
     bias: Tensor | None,
     activation: str,
+    *,
+    x_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     how: Config | None = None,
 ) -> Tensor:
-    """Y = act(X W^T + bias) + residual: x [M, K] -> [M, N]; how: instead of the heuristic's configuration."""
-    n = layout.shape[0]
-    y = x.new_empty((x.shape[0], n), dtype=torch.float32 if x.dtype.itemsize == 1 else x.dtype)
-    return _product("mm", layout, unit_rows(x), y, known_bias(bias), activation, residual, how)
+    """Y = act(x_scale * X W^T + bias) + residual: x [M, K] -> [M, N] in out_dtype (None: x's type, float32 of bytes).
+
+    x_scale: float32 [M], one for each token; how: instead of the heuristic's configuration.
+    """
+    y = x.new_empty((x.shape[0], layout.shape[0]), dtype=out_dtype or result_dtype(x))
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    return _product("mm", layout, unit_rows(x), y, known_bias(bias), activation, x_scale, residual, how)
 
 
 def mm_t(layout: Bsr, dy: Tensor, residual: Tensor | None = None, how: Config | None = None) -> Tensor:
     """dX = dY W + residual: dy [M, N] -> [M, K]."""
     dx = dy.new_empty((dy.shape[0], layout.shape[1]))
-    return _product("mm_t", layout, unit_rows(dy), dx, None, "none", residual, how)
+    return _product("mm_t", layout, unit_rows(dy), dx, None, "none", None, residual, how)
 
 
 def _product(
@@ -101,19 +108,24 @@ def _product(
     y: Tensor,
     bias: Tensor | None,
     activation: str,
+    x_scale: Tensor | None,
     residual: Tensor | None,
     how: Config | None,
 ) -> Tensor:
     (m, size), inner_size = y.shape, x.shape[1]
     if m == 0 or size == 0:
         return y
-    how = how or chosen(op, layout, x, m)
     kernels, columns = _kernels(), op == "mm_t"
     outer, inner = sides(op, layout.block)
+    if how is None:
+        how = chosen(op, layout, x, m)
+        how = how if residual is None else beside_a_residual(how, outer)
     place, gather = by_columns(layout)[1:] if columns else (layout.col, None)
     work, tiles = work_list(layout, columns, how.most), -(-m // how.tokens)
     scale, sums = layout.scale, torch.int32 if x.dtype == torch.int8 else torch.float32
     residual = None if residual is None else unit_rows(residual)
+    if residual is not None and residual.stride(0) >= 1 << 23:  # offsets inside a tile of up to 256 rows are int32
+        residual = residual.contiguous()
     residual_stride = 0 if residual is None else residual.stride(0)
     # Nothing reads the sums of rows that are whole.
     partial = torch.empty((work.slots * tiles * how.tokens * outer,), dtype=sums, device=x.device)
@@ -130,7 +142,7 @@ def _product(
     ending = {"ACTIVATION": activation, "OUT": outer, "TOKENS": how.tokens}
     with on_card(x):
         kernels.bsr_mm[(programs,)](
-            given, w, y, partial, bias, scale, residual, work.items, place, gather,
+            given, w, y, partial, bias, scale, x_scale, residual, work.items, place, gather,
             m, size, inner_size, x.stride(0), y.stride(0), residual_stride, count, tiles,
             **ending, IN=inner, DEPTH=how.depth, TRANSPOSED=columns, EVEN=inner_size % inner == 0, TMA=tma,
             PRECISION=fp32_precision(), TYPE=triton_type(x.dtype), ACC=triton_type(sums),
@@ -139,8 +151,8 @@ def _product(
         )  # fmt: skip
         if work.slots:
             rows = max(1, min(how.tokens, 4096 // outer))
-            kernels.bsr_mm_join[(work.splits.shape[0], -(-m // rows))](
-                partial, y, bias, scale, residual, work.splits, m, size, y.stride(0), residual_stride, tiles,
+            kernels.bsr_mm_join[(work.splits.shape[0] * -(-m // rows),)](
+                partial, y, bias, scale, x_scale, residual, work.splits, m, size, y.stride(0), residual_stride, tiles,
                 **ending, ROWS=rows, SCALED=scale is not None and not columns, num_warps=4,
             )  # fmt: skip
     return y
@@ -183,13 +195,30 @@ def add_parts(sums: Tensor, out: Tensor) -> None:
 
 def chosen(op: str, layout: Bsr, x: Tensor, m: int) -> Config:
     """The configuration for m rows of x's type: measured or the heuristic's; calls with equal sizes share it."""
-    return tuning.chosen(op, layout, x, m, fp32_precision() if x.dtype == torch.float32 else "ieee")
+    return tuning.chosen(op, layout, x, m, _precision(x))
 
 
-def tune(op: str, layout: Bsr, x: Tensor, timer: tuning.Timer, dy: Tensor | None = None) -> dict[Config, float]:
+def _precision(x: Tensor) -> str:
+    return fp32_precision() if x.dtype == torch.float32 else "ieee"
+
+
+FEW = 10  # configurations that a conversion tries for each call
+
+
+def tune_forward(layout: Bsr, x: Tensor, timer: tuning.Timer) -> None:
+    """Measures some configurations of `mm` for this call and remembers the times; once is enough."""
+    x = unit_rows(x)
+    if x.is_cuda and x.shape[0] and not tuning.is_known("mm", layout, x, _precision(x)):
+        tune("mm", layout, x, timer, few=FEW)
+
+
+def tune(
+    op: str, layout: Bsr, x: Tensor, timer: tuning.Timer, dy: Tensor | None = None, few: int | None = None
+) -> dict[Config, float]:
     """Measures every candidate of a product and remembers the times: {configuration: seconds}, the fastest first.
 
-    x [M, K] (mm, sddmm) or [M, N] (mm_t); dy [M, N] for sddmm; timer(call): the seconds that a call takes.
+    x [M, K] (mm, sddmm) or [M, N] (mm_t); dy [M, N] for sddmm; timer(call): the seconds that a call takes; few: with at
+    most so many candidates, those nearest to the rule's own choice.
     """
     if op == "sddmm" and dy is None:
         raise ValueError("sddmm needs dy")
@@ -199,8 +228,7 @@ def tune(op: str, layout: Bsr, x: Tensor, timer: tuning.Timer, dy: Tensor | None
             return mm(layout, x, None, "none", how=how)
         return mm_t(layout, x, how=how) if dy is None else sddmm(layout, dy, x, how)
 
-    precision = fp32_precision() if x.dtype == torch.float32 else "ieee"
-    times = dict(tuning.search(op, layout, x, run, timer, precision))
+    times = dict(tuning.search(op, layout, x, run, timer, _precision(x), few))
     return dict(sorted(times.items(), key=lambda pair: pair[1]))
 
 

@@ -45,7 +45,7 @@ class Work(NamedTuple):
 
 def rows_of(layout: Bsr) -> Tensor:
     """int32 [nnzb]: the block row of every block."""
-    return kept(layout, "rows", lambda: layout.block_rows().int(), lambda old: overwrite(old, layout.block_rows()))
+    return kept(layout, ("rows",), lambda: layout.block_rows().int(), lambda old: overwrite(old, layout.block_rows()))
 
 
 def by_columns(layout: Bsr) -> Columns:
@@ -57,7 +57,7 @@ def by_columns(layout: Bsr) -> Columns:
         starts = torch.searchsorted(col[order], torch.arange(kb + 1, device=col.device)).int()
         return Columns(starts, layout.block_rows()[order].int(), order.int())
 
-    return kept(layout, "columns", make, lambda old: refill(old, make()))
+    return kept(layout, ("columns",), make, lambda old: refill(old, make()))
 
 
 def work_list(layout: Bsr, columns: bool, most: int) -> Work:
@@ -107,24 +107,28 @@ def cut(starts: Tensor, nnzb: int, most: int) -> Work:
     return Work(item[order].int().contiguous(), split.int().contiguous(), slots, most)
 
 
+_KEY = "bsr.walk"
+_WALKS: dict[str, Callable[..., Any]] = {"rows": rows_of, "columns": by_columns, "work": work_list}
+
+
+def walked_by(name: str, walk: Callable[..., Any]) -> None:
+    """From now on `refresh` calls walk(layout, *rest) for all that is kept as (name, *rest)."""
+    _WALKS[name] = walk
+
+
 def refresh(layout: Bsr) -> None:
-    """Brings every list of this layout's products up to date, in place; those of convolutions follow at their call."""
+    """Brings all that is kept for this layout's topology up to date, in place: what captured graphs read."""
     for key in plans(layout.col):
         if key[:2] == (_KEY, layout.dims):
-            name = key[2]
-            if name == "rows":
-                rows_of(layout)
-            elif name == "columns":
-                by_columns(layout)
-            elif name[0] == "work":
-                work_list(layout, *name[1:])
+            name, *rest = key[2]
+            _WALKS[name](layout, *rest)
 
 
-_KEY = "bsr.walk"
+def kept(layout: Bsr, name: tuple[Any, ...], make: Callable[[], Any], again: Callable[[Any], Any]) -> Any:
+    """What depends on the topology alone, beside it; it must not hold the topology itself, or both never die.
 
-
-def kept(layout: Bsr, name: Any, make: Callable[[], Any], again: Callable[[Any], Any]) -> Any:
-    """What depends on the topology alone, beside it; it must not hold the topology itself, or both never die."""
+    The first of the words in `name` is one that `refresh` knows.
+    """
     return plan(layout.col, (_KEY, layout.dims, name), make, again)
 
 

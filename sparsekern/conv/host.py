@@ -32,8 +32,8 @@ def why_not(op: str, layout: Layout, x: Tensor, g: Geometry) -> str | None:
         return f"the compiled CPU kernels take CPU tensors, x is on {x.device}"
     if x.dtype not in _TYPES:
         return f"{str(x.dtype).removeprefix('torch.')} is not supported by the host kernels"
-    if layout.dtype == torch.int8:
-        return "int8 convolution weights are not supported by the host kernels"
+    if layout.dtype not in _TYPES:
+        return f"{str(layout.dtype).removeprefix('torch.')} convolution weights are not supported by the host kernels"
     if layout.values.numel() >= 2**31:
         return "more than 2^31 stored values are not supported by the host kernels"
     return None

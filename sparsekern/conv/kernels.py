@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..bsr.kernels import finish, item_and_tile, load_block, multiply, whose_turn, write
+from ..bsr.kernels import finish, item_and_tile, load_block, multiply, split_and_start, whose_turn, write
 
 
 @triton.jit
@@ -91,9 +91,9 @@ def bsr_conv(
                     within = tl.arange(0, TOKENS)[:, None] * OUT + tl.arange(0, OUT)[None, :]
                     tl.store(partial + here + within, acc)
                 else:
-                    v = finish(acc, row, size, bias, scale, False, OUT, ACTIVATION)
+                    v = finish(acc, row, p, inside, size, bias, scale, None, False, OUT, ACTIVATION)
                     at = (image * y_h + first_h + i * step_h) * y_w + first_w + j * step_w
-                    write(v, y, None, at.to(tl.int64), row, size, size, 0, inside, OUT)
+                    write(v, y, None, 0, at.to(tl.int64), row, size, size, 0, inside, TOKENS, OUT)
 
 
 @triton.jit(do_not_specialize=["token_tiles", "pixels"])
@@ -102,10 +102,10 @@ def bsr_conv_join(
     OUT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """The rows that were cut: their partial sums, in order, then the same ending. A program has ROWS of the TOKENS."""
-    row = tl.load(splits + tl.program_id(0) * 3)
-    first = tl.load(splits + tl.program_id(0) * 3 + 1)
-    count = tl.load(splits + tl.program_id(0) * 3 + 2)
-    start = tl.program_id(1) * ROWS
+    split, start = split_and_start(pixels, ROWS)
+    row = tl.load(splits + split * 3)
+    first = tl.load(splits + split * 3 + 1)
+    count = tl.load(splits + split * 3 + 2)
     p = start + tl.arange(0, ROWS)
     within = (start % TOKENS + tl.arange(0, ROWS))[:, None] * OUT + tl.arange(0, OUT)[None, :]
     if row >= 0:
@@ -113,10 +113,10 @@ def bsr_conv_join(
         for i in range(0, count):
             here = ((first + i) * token_tiles + start // TOKENS).to(tl.int64) * (TOKENS * OUT)
             acc += tl.load(partial + here + within)
-        v = finish(acc, row, size, bias, None, False, OUT, ACTIVATION)
+        v = finish(acc, row, p, p < pixels, size, bias, None, None, False, OUT, ACTIVATION)
         image, i, j = pixel(p, grid_h, grid_w)
         at = (image * y_h + first_h + i * step_h) * y_w + first_w + j * step_w
-        write(v, y, None, at.to(tl.int64), row, size, size, 0, p < pixels, OUT)
+        write(v, y, None, 0, at.to(tl.int64), row, size, size, 0, p < pixels, ROWS, OUT)
 
 
 @triton.jit(do_not_specialize=["share", "blocks", "pixels"])
@@ -136,14 +136,14 @@ def bsr_conv_sddmm(
         p = start + tl.arange(0, TOKENS)
         inside = p < pixels
         image, i, j = pixel(p, grid_h, grid_w)
-        mask = inside[:, None]
+        mask = inside[None, :]
         if not EVEN:
-            mask = mask & (o < size)[None, :]
-        a = tl.load(dy + p.to(tl.int64)[:, None] * size + o[None, :], mask=mask, other=0.0)
+            mask = mask & (o < size)[:, None]
+        a = tl.load(dy + p.to(tl.int64)[None, :] * size + o[:, None], mask=mask, other=0.0)
         b = shifted(
             x, image, i * stride_h, j * stride_w, dh, dw, height, width, channels, channel, inside, channels, True
         )
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     here = (tl.program_id(1).to(tl.int64) * blocks + block) * (R * C)
     within = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     tl.store(out + here + within, acc.to(out.dtype.element_ty))

@@ -4,7 +4,8 @@ Images in torch's usual order are copied once into planes with zeros around them
 kernel is 1x1 and they are planes already), images with channels innermost are transposed on the way; Y is written in
 X's order. A 1x1 convolution of images with channels innermost is the format's own product over pixels.
 
-The direct kernel skips zeros, the tensor cores do not: `worth_it` compares the two. Where it says no, and for the
+The direct kernel skips zeros, the tensor cores do not: what was measured decides (roads.py), else `worth_it` compares
+the two. Where they say no, and for the
 gradient of the weight, the weight (its gradient) is written out densely for cuDNN, which costs its dense bytes, and
 sampled at the stored places; torch's switches then decide about TF32. The gradient of X is the same direct kernel over
 planes of dY, with the topology transposed once and the values gathered at every call.
@@ -12,9 +13,11 @@ planes of dY, with the topology transposed once and the values gathered at every
 
 from __future__ import annotations
 
-from functools import cache
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache, lru_cache
 from itertools import product as pairs
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +42,7 @@ from ..bitmap.cuda import rows_of as rows_of_bitmap
 from ..formats import backend_module
 from ..layout import Layout
 from ..ref import ACTIVATIONS as FUNCTIONS
+from . import roads
 from .geometry import ORDERS, Geometry, channels_last, matrix_of, memory_format, weight_of
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,28 +78,35 @@ def worth_it(dtype: torch.dtype, density: float, arch: int, tf32: bool) -> bool:
     return density * dense <= _DIRECT[dtype.itemsize]
 
 
-def conv2d(layout: Layout, x: Tensor, bias: Tensor | None, g: Geometry, activation: str) -> Tensor:
-    """y = act(conv(x, W) + bias): x [B, C, H, W] -> [B, O, H', W'] in x's memory order."""
+def conv2d(
+    layout: Layout, x: Tensor, bias: Tensor | None, g: Geometry, activation: str, direct: bool | None = None
+) -> Tensor:
+    """y = act(conv(x, W) + bias): x [B, C, H, W] -> [B, O, H', W'] in x's memory order.
+
+    direct: by the kernel that skips zeros, where it can run, or by cuDNN; None: as was measured, or as is expected.
+    """
     x = _dense_order(x)
     if g.pointwise and channels_last(x):
         return _as_images(backend_module(layout.format, "cuda").mm(layout, _pixels(x), bias, activation), x)
     y = _empty(x, layout.shape[0], *g.out_size(x.shape[2], x.shape[3]))
     grid = _forward_grid(g, x.shape[2], x.shape[3], 4 // x.element_size())
-    if y.numel() and not (_worth_it(layout, x) and _runs(x, grid)):
+    if y.numel() and not (_direct("conv2d", layout, x, g, direct) and _runs(x, grid)):
         return FUNCTIONS[activation](_dense_conv2d(layout, x, bias, g)).contiguous(memory_format=memory_format(x))
     _run(_rows(layout), g, grid, False, x, y, known_bias(bias), ACTIVATIONS[activation])
     return y
 
 
-def conv2d_input(layout: Layout, dy: Tensor, g: Geometry, height: int, width: int) -> Tensor:
-    """dx, of the given height and width, from dy, in dy's memory order."""
+def conv2d_input(
+    layout: Layout, dy: Tensor, g: Geometry, height: int, width: int, direct: bool | None = None
+) -> Tensor:
+    """dx, of the given height and width, from dy, in dy's memory order. direct: as in conv2d."""
     dy = _dense_order(dy)
     if g.pointwise and channels_last(dy):
         return _as_images(backend_module(layout.format, "cuda").mm_t(layout, _pixels(dy)), dy)
     channels = layout.shape[1] // g.taps * g.groups
     dx = _empty(dy, channels, height, width)
     grid = _input_grid(g, height, width, dy.shape[2], dy.shape[3], 4 // dy.element_size())
-    if dx.numel() and not (_worth_it(layout, dy) and _runs(dy, grid)):
+    if dx.numel() and not (_direct("conv2d_input", layout, dy, g, direct) and _runs(dy, grid)):
         return _dense_backward(layout, dy, dx, g, True).contiguous(memory_format=memory_format(dy))
     _run(_rows(layout), g, grid, True, dy, dx, None, 0)
     return dx
@@ -113,8 +124,20 @@ def conv2d_weight(layout: Layout, dy: Tensor, x: Tensor, g: Geometry) -> Tensor:
 # The dense road -----------------------------------------------------------------------------------------------
 
 
-def _worth_it(layout: Layout, x: Tensor) -> bool:
-    return worth_it(x.dtype, layout.density, capability(x.device), _tf32())
+def _direct(op: str, layout: Layout, x: Tensor, g: Geometry, asked: bool | None) -> bool:
+    if asked is not None:
+        return asked
+    known = roads.direct_is_faster(op, layout, x, g)
+    return worth_it(x.dtype, layout.density, capability(x.device), _tf32()) if known is None else known
+
+
+def tune_forward(layout: Layout, x: Tensor, g: Geometry, timer: roads.Timer) -> None:
+    """Measures both roads of `conv2d` for this call, where there are two, and remembers which is faster."""
+    if g.pointwise and channels_last(x):
+        return
+    x = _dense_order(x)
+    if x.numel() and _runs(x, _forward_grid(g, x.shape[2], x.shape[3], 4 // x.element_size())):
+        roads.measure("conv2d", layout, x, g, lambda direct: conv2d(layout, x, None, g, "none", direct), timer)
 
 
 def _tf32() -> bool:
@@ -273,7 +296,7 @@ def _grid(
     return Grid(out, step, pad, pitch, lines, sheets, tuple(at), made, windows, out_step)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _forward_grid(g: Geometry, height: int, width: int, per: int) -> Grid:
     """Output (i, j) reads through tap (r, s) padded X at (i stride_h + r dilation_h, j stride_w + s dilation_w)."""
     out = g.out_size(height, width)
@@ -287,7 +310,7 @@ def _forward_grid(g: Geometry, height: int, width: int, per: int) -> Grid:
     return _grid(out, (height, width), step, pad, taps, (window,), (1, 1), per)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _input_grid(g: Geometry, height: int, width: int, dy_height: int, dy_width: int, per: int) -> Grid:
     """X at i stride + phase - pad gets from tap r of that phase dY at i - r dilation / stride: rows of all phases over
     the same positions i, of which each phase has its window."""
@@ -382,7 +405,34 @@ def _walk(w: Rows, g: Geometry, backward: bool, taps: tuple[int, ...], words: in
         starts = functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         return _Walk(gather, padded_offsets(low_bits(at)), starts, slices, channels)
 
-    return plan(col, ("conv2d", n, k, g, backward, taps, words, channels), make)
+    return _recent(col, (n, k, g, backward, taps, words, channels), make)
+
+
+WALKS = 8  # of a weight: images of so many sizes in turn cost nothing
+
+
+class _Walks(NamedTuple):
+    """Those used last, the latest at the end; and those that a captured CUDA graph may read, for ever."""
+
+    recent: OrderedDict[Any, _Walk]
+    captured: dict[Any, _Walk]
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _recent(col: Tensor, key: Any, make: Callable[[], _Walk]) -> _Walk:
+    """`make()`, remembered beside `col` with the other WALKS - 1 that were used last."""
+    recent, captured = plan(col, "conv2d.walks", lambda: _Walks(OrderedDict(), {}))
+    found = captured.get(key) or recent.pop(key, None) or make()
+    if _capturing(col):
+        captured[key] = found
+    elif key not in captured:
+        recent[key] = found
+        if len(recent) > WALKS:
+            recent.popitem(last=False)
+    return found
 
 
 def _order(w: Rows, g: Geometry, backward: bool, walk: _Walk, kernel: Kernel) -> Tensor:

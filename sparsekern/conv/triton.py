@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .._ext import FP8, known_bias, multiprocessors, on_card
-from .._plan import overwrite, plan
+from .._plan import overwrite
 from ..bsr import triton as product
 from ..bsr.config import Config, sides
 from ..bsr.layout import Bsr
-from ..bsr.work import Work, cut, kept, refill, rows_of
+from ..bsr.work import Work, cut, kept, refill, rows_of, walked_by
 from ..layout import Layout
 from .geometry import Geometry, channels_last
 
@@ -30,6 +30,8 @@ def why_not(op: str, layout: Layout, x: Tensor, g: Geometry) -> str | None:
     if layout.dtype in (torch.int8, FP8):
         return f"{str(layout.dtype).removeprefix('torch.')} convolution weights are not supported by the Triton kernels"
     (o, k), (r, c) = layout.shape, layout.block
+    if g.groups > 1 and k == g.taps:
+        return f"it is depthwise: of the {g.taps} weights of a channel there is nothing to skip that dense kernels read"
     if g.taps > 1 and g.order != 1:
         return "a block must lie inside one tap: K must run (r, s, c), order 'rsc'"
     if (k // g.taps) % c:
@@ -146,7 +148,7 @@ def _run(
         )  # fmt: skip
         if work.slots:
             rows = max(1, min(how.tokens, 4096 // outer))
-            _kernels().bsr_conv_join[(work.splits.shape[0], -(-pixels // rows))](
+            _kernels().bsr_conv_join[(work.splits.shape[0] * -(-pixels // rows),)](
                 partial, y, bias, work.splits, pixels, *grid, size, *places, tiles, **ending, ROWS=rows, num_warps=4
             )
 
@@ -171,7 +173,7 @@ def _forward_shifts(layout: Bsr, g: Geometry) -> Tensor:
         shifts = (r * g.dilation_h - g.top, s * g.dilation_w - g.left, channel // layout.block[1])
         return torch.stack(shifts, 1).int().contiguous()
 
-    return plan(layout.col, ("conv2d.shifts", layout.dims, g), make, lambda old: overwrite(old, make()))
+    return kept(layout, ("conv2d", g), make, lambda old: overwrite(old, make()))
 
 
 def _forward(layout: Bsr, g: Geometry, most: int) -> Walk:
@@ -203,6 +205,10 @@ def _backward(layout: Bsr, g: Geometry, phase: tuple[int, int], most: int) -> Wa
             old.gather.copy_(new.gather)
 
     return kept(layout, ("conv2d_input", g, phase, most), make, again)
+
+
+walked_by("conv2d", _forward_shifts)
+walked_by("conv2d_input", _backward)
 
 
 def _config(op: str, layout: Bsr, x: Tensor, pixels: int) -> Config:

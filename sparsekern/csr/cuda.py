@@ -9,7 +9,7 @@ from .. import _rows_cuda
 from .._ext import DTYPES, why_not_cuda
 from .layout import Csr
 
-ENDINGS = frozenset[str]()  # what mm takes beside bias and activation (_ending.py)
+ENDINGS = _rows_cuda.ENDINGS
 
 
 def why_not(op: str, layout: Csr, x: Tensor) -> str | None:
@@ -22,9 +22,18 @@ def why_not(op: str, layout: Csr, x: Tensor) -> str | None:
     return why_not_cuda(x.device)
 
 
-def mm(layout: Csr, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Y = act(X W^T + bias): x [M, K] -> [M, N]."""
-    return _rows_cuda.mm(layout, x, bias, activation)
+def mm(
+    layout: Csr,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    x_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Y = act(x_scale * X W^T + bias) + residual: x [M, K] -> [M, N] in out_dtype (None: x's type)."""
+    return _rows_cuda.mm(layout, x, bias, activation, x_scale=x_scale, residual=residual, out_dtype=out_dtype)
 
 
 def mm_t(layout: Csr, dy: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .decide import (
     MOST_NOISE,
     NOISE,
     Trial,
+    as_now,
     backend_of,
     best_of,
     build,
@@ -177,6 +178,10 @@ def _candidates(
         row, weight = site.row, site.weight
         found = analyse(weight, ways.CONV_BLOCKS if weight.dim() > 2 else ways.BLOCKS)
         row.pattern, row.density = ways.describe(found), found.density
+        if _depthwise(site):
+            row.status, row.reason = DENSE, "depthwise: a channel's few weights leave nothing to skip"
+            options[id(site)] = []
+            continue
         try:
             wanted = ways.candidates(found, format, block_size, prune)
         except ValueError as error:
@@ -194,6 +199,11 @@ def _candidates(
             "pass prune=True to keep the two largest of every group of four"
         )
     return options
+
+
+def _depthwise(site: Site) -> bool:
+    layer = site.dense[0]
+    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.in_channels == layer.groups
 
 
 def _no_pattern(found: Any, pattern: str) -> str:
@@ -269,14 +279,14 @@ def _always(site: Site, wanted: list[Candidate], calls: list[Seen]) -> Trial | N
             site.row.reason = f"{candidate}: {error}"
             continue
         site.row.reason = ""
-        trial = Trial(site, candidate, backend_of(module, x)[0])
+        trial = Trial(site, candidate, (backend_of(module, x)[0],))
         trial.module = module
         return trial
     return None
 
 
 def _trials(site: Site, wanted: list[Candidate], calls: list[Seen]) -> list[Trial]:
-    made = [build(site, candidate, calls[0].input()) for candidate in wanted]
+    made = [build(site, candidate, calls) for candidate in wanted]
     trials = [trial for trial, _ in made if trial is not None]
     if not trials:
         site.row.reason = "; ".join(reason for _, reason in made)
@@ -309,10 +319,8 @@ def _measured(
     # Under autocast every call runs sparse.
     split = settings["thresholds"] and not site.conv and all(call.autocast is None for call in calls)
     trials = remembered(site, wanted, calls, split)
-    if trials:
-        best = best_of(trials, worst)[0]
-        if backend_of(best.module, calls[0].input())[0] != best.backend:
-            trials = []  # what was measured then is not what would run now
+    if trials and not as_now(best_of(trials, worst)[0], calls):
+        trials = []  # what was measured then is not what would run now
     if not trials:
         trials = _trials(site, wanted, calls)
         measure(site, trials, calls, seconds, split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,8 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch, tune
+from .. import dispatch, roofline, tune
+from .._ext import capability
 from ..conv import Geometry, library
+from ..formats import backend_module
 from ..heuristic import predict
 from .base import SparseModule
 from .candidates import Candidate
@@ -25,18 +28,24 @@ NOISE, MOST_NOISE = 0.02, 0.25  # the least and the most that a gain must stand 
 
 @dataclass
 class Trial:
-    """A candidate for one site: the backend that runs it and what its calls take. Packed on first use."""
+    """A candidate for one site: the backends that can run it and what its calls take. Packed on first use."""
 
     site: Site
     candidate: Candidate
-    backend: str
+    backends: tuple[str, ...]  # all that are timed; the dispatcher then takes the fastest for each number of tokens
     calls: list[Call] = field(default_factory=list)
+    used: list[str] = field(default_factory=list)  # by the calls, the fastest
     spread: float = 0.0
     dense_above: int | None = None
 
     @cached_property
     def module(self) -> SparseModule:
         return self.candidate.build(self.site.dense[0])
+
+    @property
+    def backend(self) -> str:
+        """What runs it: the fastest backend of each call, or before they are timed the dispatcher's own choice."""
+        return ", ".join(dict.fromkeys(self.used)) or self.backends[0]
 
     @property
     def nbytes(self) -> int:
@@ -78,16 +87,26 @@ def backend_of(module: SparseModule, x: Tensor) -> tuple[str, str]:
     return name, "" if name != "ref" else "; ".join(reasons) or f"no kernel on {x.device.type}"
 
 
-def build(site: Site, candidate: Candidate, x: Tensor) -> tuple[Trial | None, str]:
+def alternatives(module: SparseModule, first: str, seen: Sequence[Seen]) -> tuple[str, ...]:
+    """The backend that the dispatcher takes first and the others that it would take for these calls, if measured."""
+    if not isinstance(module, SparseLinear) or not tune.enabled() or any(call.autocast is not None for call in seen):
+        return (first,)  # it asks for no measurement there
+    names = [name for name in dispatch.backends(module.format, seen[0].device.type)[:-1] if name != first]
+    rows = [call.input().reshape(-1, call.shape[-1]) for call in seen] if names else []
+    able = (n for n in names if all(dispatch.why_not(n, "mm", module.packed, x) is None for x in rows))
+    return (first, *able)
+
+
+def build(site: Site, candidate: Candidate, seen: Sequence[Seen]) -> tuple[Trial | None, str]:
     """A trial of the candidate, or the reason why there is none."""
     try:
         module = candidate.build(site.dense[0])
     except NotImplementedError as error:
         return None, f"{candidate}: {error}"
-    name, why = backend_of(module, x)
+    name, why = backend_of(module, seen[0].input())
     if name == "ref":
         return None, f"{candidate} has no fast kernel here ({why})"
-    trial = Trial(site, candidate, name)
+    trial = Trial(site, candidate, alternatives(module, name, seen))
     trial.module = module
     return trial, ""
 
@@ -100,28 +119,39 @@ def remembered(site: Site, wanted: Sequence[Candidate], seen: Sequence[Seen], sp
     trials = []
     for candidate in wanted:
         names = dispatch.backends(candidate.format, seen[0].device.type)[:-1]
-        made = [t for name in names if _recall(t := Trial(site, candidate, name), seen)]
-        if not made:
+        known = tuple(n for n in names if all(_recalled(Trial(site, candidate, (n,)), call, n) for call in seen))
+        if not known:
             return []
-        trials.append(min(made, key=lambda t: t.sparse_ms))
+        trial = Trial(site, candidate, known)
+        for call in seen:
+            _note(trial, call, {n: r for n in known if (r := _recalled(trial, call, n)) is not None})
+        trials.append(trial)
     _split(trials, split)
     return trials
 
 
-def _recall(trial: Trial, seen: Sequence[Seen]) -> bool:
-    """Fills in a trial's calls from the cache; False where one was never measured."""
-    for call in seen:
-        tokens = call.tokens(trial.site.conv)
-        record = None if trial.candidate.share is None else tune.lookup(case(trial, call))
-        if record is None or record.m != tokens:
-            return False
-        _note(trial, call, tokens, record)
-    return True
+def as_now(trial: Trial, seen: Sequence[Seen]) -> bool:
+    """Whether what was remembered is of the backends that would be timed now."""
+    first = backend_of(trial.module, seen[0].input())[0]
+    return set(alternatives(trial.module, first, seen)) == set(trial.backends)
 
 
-def _note(trial: Trial, call: Seen, tokens: int, record: tune.Record) -> None:
-    trial.calls.append(Call(call.shape, tokens, call.count, 1e3 * record.dense, 1e3 * record.sparse))
-    trial.spread = max(trial.spread, record.spread)
+def _recalled(trial: Trial, call: Seen, backend: str) -> tune.Record | None:
+    """What the cache has of this very case."""
+    if trial.candidate.share is None and "module" not in vars(trial):
+        return None
+    record = tune.lookup(case(trial, call, backend))
+    return record if record is not None and record.m == call.tokens(trial.site.conv) else None
+
+
+def _note(trial: Trial, call: Seen, records: dict[str, tune.Record]) -> None:
+    """Adds a call with the fastest of the backends that were timed."""
+    fastest = min(records, key=lambda name: records[name].sparse)
+    best = records[fastest]
+    tokens = call.tokens(trial.site.conv)
+    trial.calls.append(Call(call.shape, tokens, call.count, 1e3 * best.dense, 1e3 * best.sparse))
+    trial.used.append(fastest)
+    trial.spread = max(trial.spread, best.spread)
 
 
 def measure(site: Site, trials: list[Trial], seen: Sequence[Seen], seconds: float, split: bool = False) -> None:
@@ -131,21 +161,23 @@ def measure(site: Site, trials: list[Trial], seen: Sequence[Seen], seconds: floa
     """
     for call in seen:
         x, tokens = call.input(), call.tokens(site.conv)
-        cases = [case(t, call) for t in trials]
-        known = [tune.lookup(c) for c in cases]
-        todo = {str(i): t for i, t in enumerate(trials) if (r := known[i]) is None or r.m != tokens}
+        known = [{name: _recalled(t, call, name) for name in t.backends} for t in trials]
+        todo = {f"{i} {name}": (t, name) for i, t in enumerate(trials) for name, r in known[i].items() if r is None}
         records: dict[str, tune.Record] = {}
         if todo:
+            for t in {id(t): t for t, _ in todo.values()}.values():
+                tune_kernels(t, call)
             with torch.no_grad(), call.context():
-                variants = {i: _call(t.module, x) for i, t in todo.items()}
+                variants = {key: _call(_by(t, name), x) for key, (t, name) in todo.items()}
                 records = tune.measure(_call(site.dense[0], x), variants, m=tokens, seconds=seconds, device=call.device)
         for i, t in enumerate(trials):
-            record = records.get(str(i)) or known[i]
-            if record is None:
+            found = {name: r or records.get(f"{i} {name}") for name, r in known[i].items()}
+            if any(record is None for record in found.values()):
                 raise RuntimeError(f"{site.names[0]}: {t.candidate} was not measured")
-            if str(i) in records:
-                tune.store(cases[i], record)
-            _note(t, call, tokens, record)
+            for name, record in found.items():
+                if f"{i} {name}" in records and record is not None:
+                    tune.store(case(t, call, name), record)
+            _note(t, call, {name: record for name, record in found.items() if record is not None})
     _split(trials, split)
 
 
@@ -175,13 +207,50 @@ def best_of(trials: Sequence[Trial], worst: bool) -> tuple[Trial, float]:
     return best, gains[id(best)]
 
 
+def tune_kernels(trial: Trial, call: Seen) -> None:
+    """Lets backends that have several ways to run a call measure them first, so that the best of each is timed.
+
+    The times are kept with the others: later calls, and other processes, take the same way. Not under autocast.
+    """
+    if call.autocast is not None or not tune.enabled() or call.device.type == "cpu":
+        return
+    module, x = trial.module, call.input()
+    for name in trial.backends:
+        if isinstance(module, SparseLinear):
+            ways = getattr(backend_module(module.format, name), "tune_forward", None)
+            given: tuple[Any, ...] = (x.reshape(-1, x.shape[-1]),)
+        else:
+            geometry = cast(Geometry, module.geometry)
+            ways = getattr(library.choose("conv2d", module.packed, x, name, geometry), "tune_forward", None)
+            given = (x, geometry)
+        if ways is not None:
+            with torch.no_grad():
+                ways(module.packed, *given, _seconds)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """What a call takes; a glance, since many ways are to be compared."""
+    from ..testing import measure as clock
+
+    return clock({"it": call}, repeats=50, warmup=2, seconds=0.05)["it"].median
+
+
+def _by(trial: Trial, backend: str) -> nn.Module:
+    """The trial's module as this backend runs it."""
+    if len(trial.backends) == 1:
+        return trial.module
+    module = copy.copy(trial.module)  # around the same parameters
+    module.backend = backend
+    return module
+
+
 def _call(module: nn.Module, x: Tensor) -> Callable[[], Any]:
     """Without hooks: they are the same on both sides and would drown small layers."""
     return lambda: module.forward(x)
 
 
-def case(trial: Trial, seen: Seen) -> tune.Case:
-    """The name under which a measurement is kept."""
+def case(trial: Trial, seen: Seen, backend: str) -> tune.Case:
+    """The name under which a measurement of this backend is kept."""
     layer: Any = trial.site.dense[0]
     op = "mm"
     if trial.site.conv:
@@ -193,7 +262,7 @@ def case(trial: Trial, seen: Seen) -> tune.Case:
     return tune.Case(
         op,
         str(trial.candidate),
-        trial.backend,
+        backend,
         str(seen.dtype).removeprefix("torch."),
         seen.tokens(trial.site.conv),
         layer.weight.shape[0],
@@ -208,10 +277,16 @@ def expected(trial: Trial, seen: Sequence[Seen], conv: bool) -> float:
     (n, k), density = trial.module.packed.shape, trial.module.density
     dense = sparse = 0.0
     for call in seen:
-        device = call.device.type
-        device = f"cpu-{tune.isa()}" if device == "cpu" and tune.isa() != "none" else device
         tokens, dtype = call.tokens(conv), call.autocast or call.dtype
-        gain = predict(device, trial.module.format, "mm", tokens, n, k, dtype, density).speedup
+        shape = (tokens, n, k, dtype, density, trial.candidate.block or (32, 32))
+        gain = predict(described(call.device), trial.module.format, "mm", *shape).speedup
         work = max(tokens, 16) * call.count  # below 16 tokens the weight's bytes are the work
         dense, sparse = dense + work, sparse + work / gain
     return dense / sparse if sparse else 0.0
+
+
+def described(device: torch.device) -> str:
+    """A device as the heuristic names it."""
+    if device.type == "cuda":
+        return f"cuda-{roofline.card(capability(device), tune.device_name(str(device)))}"
+    return f"cpu-{tune.isa()}" if device.type == "cpu" and tune.isa() != "none" else device.type
