@@ -1,5 +1,6 @@
-"""The `backend` fixture: a numerics test runs on the oracle, on every instruction set of the host kernels, and on
-the Triton kernels in Triton's interpreter (on a machine with a GPU test_bsr_triton.py runs them there instead).
+"""The `backend` fixture: a numerics test runs on the oracle, on every instruction set of the host kernels, on the CUDA
+kernels in their emulator, and on the Triton kernels in Triton's interpreter (on a machine with a GPU the CUDA kernels
+run there, and test_bsr_triton.py runs Triton's).
 
 A backend that gives a reason why it cannot run a case must raise it when it is asked for by name; such
 refusals are counted and listed at the end of the run, so that nothing is skipped in silence.
@@ -53,7 +54,7 @@ def host_isas() -> list[str]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute: the oracle, the host kernels at one instruction set, Triton. Goes through torch.ops."""
+    """One way to compute: the oracle, the host kernels at one instruction set, CUDA, Triton. Goes through torch.ops."""
 
     name: str
     isa: str | None = None
@@ -197,10 +198,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         given = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
         if not isinstance(given, Backend):
             return False
-        marked = (
-            item.get_closest_marker({"triton": "interpreted", "cuda": "unemulated"}.get(given.name, "")) is not None
-        )
-        return (given.name == "triton" and not marked) or (given.name == "cuda" and marked and not ON_GPU)
+        if given.name == "cuda":
+            return not ON_GPU and item.get_closest_marker("unemulated") is not None
+        return given.name == "triton" and item.get_closest_marker("interpreted") is None
 
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
