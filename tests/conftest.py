@@ -235,7 +235,8 @@ def _quiet() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Simulated GPUs are slow: of the tests with the fixture they run those marked `interpreted`, no others.
+    """Simulated GPUs are slow: of the tests with the fixture Triton's interpreter runs those marked `interpreted`, no
+    others, and the emulator all but those marked `unemulated`.
 
     What runs on the CPU's backends is marked `on_cpu`, and what Triton must compile `on_triton`, for scripts/gpu.
     """
@@ -247,7 +248,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.on_cpu)
         if isinstance(given, Backend) and given.name == "triton":
             item.add_marker(pytest.mark.on_triton)
-        return isinstance(given, Backend) and given.simulated and item.get_closest_marker("interpreted") is None
+        if not isinstance(given, Backend) or not given.simulated:
+            return False
+        if given.name == "cuda":
+            return item.get_closest_marker("unemulated") is not None
+        return item.get_closest_marker("interpreted") is None
 
     slow = {id(item): item for item in items if too_slow(item)}
     if slow:

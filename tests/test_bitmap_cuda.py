@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsekern import _plan
 from sparsekern._plan import plans
 from sparsekern.bitmap import Bitmap, cuda, fragments, pack
 from sparsekern.ref import ACTIVATIONS
@@ -208,6 +209,25 @@ def test_new_values_are_seen(emulated_once: ModuleType, order: fragments.Order) 
         w = w.flip(0)
         assert_near(cuda.mm(layout, x, None, "none"), x.double() @ w.double().t())
     assert len(plans(layout.values)) == kept
+
+
+def test_captured_graphs(emulated_once: ModuleType, order: fragments.Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph's replays see values that change later; the first packing, which waits for the GPU, cannot be in it."""
+    w = weight(70, 100, 0.5)
+    layout, x = pack(w), view(3, 100, torch.bfloat16, 1)
+    layout.values.requires_grad_()
+    with torch.no_grad():
+        cuda.mm(layout, x, None, "none")
+        monkeypatch.setattr(_plan, "capturing", lambda _: True)
+        monkeypatch.setattr(cuda, "capturing", lambda _: True)
+        renewed = []
+        real = cuda._Packed.renew
+        monkeypatch.setattr(cuda._Packed, "renew", lambda *given: renewed.append(1) or real(*given))
+        monkeypatch.setattr(fragments, "places", None)  # found before: a graph cannot wait
+        assert_near(cuda.mm(layout, x, None, "none"), x.double() @ w.double().t())
+        assert renewed  # packing is a part of every replay
+        with pytest.raises(RuntimeError, match="once before a CUDA graph"):
+            cuda.mm(pack(w.flip(0)), x, None, "none")
 
 
 @pytest.mark.parametrize("m", [3, 40, 70])

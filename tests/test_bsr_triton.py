@@ -371,7 +371,7 @@ def test_update_topology_of_a_convolution() -> None:
 
     def read() -> list[Tensor]:
         """Everything that is kept for the kernels of this layout."""
-        values = [v for _, v in vars(layout.col.untyped_storage())["_sparsekern_plans"].values()]
+        values = [kept.made for kept in vars(layout.col.untyped_storage())["_sparsekern_plans"].values()]
         return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
 
     results()

@@ -1092,7 +1092,7 @@ def test_every_backend_that_may_run_is_timed(monkeypatch: pytest.MonkeyPatch) ->
     slow = {"host": 1.0, "vendor": 1.0}
     ran: list[str] = []
 
-    def timed(dense: Any, variants: dict, *, m: int, seconds: float) -> dict[str, tune.Record]:
+    def timed(dense: Any, variants: dict, *, m: int, seconds: float, device: torch.device) -> dict[str, tune.Record]:
         records = {}
         for name, call in variants.items():
             backend = name.partition(" ")[2]

@@ -177,7 +177,10 @@ struct Gelu {
 };
 struct Gate {  // x / (1 + exp(-(a x + b x^3))): silu, and gelu_tanh, whose 0.5 (1 + tanh(u)) is 1 / (1 + exp(-2u))
     float a, b;
-    SK_DEVICE float operator()(float x) const { return x * reciprocal(1.0f + fast_exp(-x * (a + b * x * x))); }
+    SK_DEVICE float operator()(float x) const {
+        const float u = x < -1e4f ? -1e4f : x > 1e4f ? 1e4f : x;  // its cube is finite
+        return x * reciprocal(1.0f + fast_exp(-u * (a + b * u * u)));
+    }
 };
 
 // Calls f(function) for the run-time activation: the choice is made once, not for every element.

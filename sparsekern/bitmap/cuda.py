@@ -26,6 +26,7 @@ from .._ext import (
     ACTIVATIONS,
     DTYPES,
     capability,
+    capturing,
     code_on,
     cuda,
     emulating,
@@ -43,9 +44,7 @@ from ..ref import ACTIVATIONS as FUNCTIONS
 from . import fragments
 from .layout import Bitmap
 
-ENDINGS = frozenset(
-    ("x_scale", "residual", "beta", "out_dtype")
-)  # what mm takes besides (_ending.py)
+ENDINGS = frozenset(("x_scale", "residual", "beta", "out_dtype"))  # what mm takes besides (_ending.py)
 DECODE = 64  # tokens
 BY_ROWS = {1: 0.2, 2: 0.13, 3: 0.13, 4: 0.13}  # tokens: densities below which the weight is read as rows
 HALVES = (torch.bfloat16, torch.float16)
@@ -219,27 +218,36 @@ class _Packed:
         self.pack(layout, order)
 
     def pack(self, layout: Bitmap, order: fragments.Order) -> None:
+        if capturing(layout.values):
+            raise RuntimeError("packing a bitmap's bits waits for the GPU: call it once before a CUDA graph")
         self.fragments, self.version = fragments.pack(layout, order), _version(layout.bits)
+        if layout.values.requires_grad:
+            self._places(layout, order)
 
     def renew(self, layout: Bitmap, order: fragments.Order) -> None:
         """New values, in the memory that a captured graph knows, by their places, which are found once."""
         if self.version == _version(layout.bits):
-            key = ("bitmap.places", order.name, layout.shape)
-            at = plan(layout.bits, key, lambda: fragments.places(layout, self.fragments, order))
-            self.fragments.records.index_copy_(0, at, layout.values.view(torch.int16))
+            at = self._places(layout, order)
+            with torch.no_grad(), torch.inference_mode(self.fragments.records.is_inference()):
+                self.fragments.records.index_copy_(0, at, layout.values.view(torch.int16))
+
+    def _places(self, layout: Bitmap, order: fragments.Order) -> Tensor:
+        key = ("bitmap.places", order.name, layout.shape)
+        at: Tensor = plan(layout.bits, key, lambda: fragments.places(layout, self.fragments, order))
+        return at
 
 
 def _packed(layout: Bitmap, order: fragments.Order) -> _Packed:
     """The weight in fragment order, kept beside its values and renewed in place when they change."""
-    found = plan(
+    found: _Packed = plan(
         layout.values,
         ("bitmap.fragments", order.name, layout.shape, layout.bits.data_ptr()),
         lambda: _Packed(layout, order),
         lambda old: old.renew(layout, order),
+        live=True,
     )
     if found.version != _version(layout.bits):
         found.pack(layout, order)
-    assert isinstance(found, _Packed)
     return found
 
 

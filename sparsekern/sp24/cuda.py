@@ -7,6 +7,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from .. import ref
 from .._ext import (
     ACTIVATIONS,
     CUDA_DTYPES,
@@ -77,8 +78,8 @@ def mm(
     y = x.new_empty(m, n) if out == x.dtype else x.new_empty((m, n), dtype=out)  # 0.7 and 1.3 us
     if m == 0 or n == 0:
         return y
-    if k == 0:
-        raise NotImplementedError("a weight without columns has no CUDA kernel")
+    if k == 0:  # nothing to multiply
+        return ref.mm(layout, x, bias, activation, x_scale=x_scale, residual=residual, beta=beta, out_dtype=out)
     return _product(packed(layout), layout.scale, x, y, bias, activation, x_scale, residual, beta, use_fast_accum, how)
 
 
