@@ -49,7 +49,7 @@ def linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     use_fast_accum: bool = False,
-    beta: float = 1.0,
+    beta: float | None = None,
 ) -> Tensor:
     """y = act(x_scale * (x W^T) + bias) + beta * residual.
 
@@ -60,8 +60,8 @@ def linear(
     type with a float32 result.
 
     x_scale: the scales of quantised activations, one for each token [...] or [..., 1], or a single one; float32.
-    residual [..., N] in the result's type, times the number beta. out_dtype: the result's type, float32, bfloat16 or
-    float16. use_fast_accum allows Hopper's tensor cores to keep fp8 sums for all of K, in some 14 bits, as
+    residual [..., N] in the result's type, times the number beta (None: 1). out_dtype: the result's type, float32,
+    bfloat16 or float16. use_fast_accum allows Hopper's tensor cores to keep fp8 sums for all of K, in some 14 bits, as
     torch._scaled_mm's does. One kernel does it all where the backend's can (sp24 on a GPU); else torch ends the
     product, from sums in full precision.
 
@@ -70,8 +70,9 @@ def linear(
     """
     ending = None
     if x_scale is not None or residual is not None or out_dtype is not None or use_fast_accum:
-        ending = Ending(x_scale, residual, out_dtype, use_fast_accum, float(beta))
-    if beta != 1 and residual is None:
+        # A default of 1.0 would be a number that torch.compile takes for one that changes, and compiles for twice.
+        ending = Ending(x_scale, residual, out_dtype, use_fast_accum, 1.0 if beta is None else float(beta))
+    if beta is not None and residual is None:
         raise ValueError(f"beta is what a residual is multiplied by, and there is none; got beta={beta}")
     return linear_layout(layout_of(w), x, bias, activation, backend, ending)
 
