@@ -352,7 +352,7 @@ def _check_gradients(w: Layout, x: Tensor) -> None:
 
 def _checked_ending(w: Layout, x: Tensor, ending: Ending) -> Ending:
     """The ending with x_scale [M] and residual [M, N]."""
-    x_scale, residual, out_dtype = ending[:3]
+    x_scale, residual, out_dtype, use_fast_accum, beta = ending  # torch 2.6 traces no slices of it
     lead, n = x.shape[:-1], w.shape[0]
     m = lead[0] if x.dim() == 2 else _count(lead)
     if out_dtype is not None and out_dtype not in (torch.float32, torch.bfloat16, torch.float16, sum_dtype(x)):
@@ -383,7 +383,7 @@ def _checked_ending(w: Layout, x: Tensor, ending: Ending) -> Ending:
                 f"residual is {residual.dtype}, the result {out}: cast it, or pass out_dtype={residual.dtype}"
             )
         residual = residual if x.dim() == 2 else residual.reshape(m, n)
-    return ending._replace(x_scale=x_scale, residual=residual)
+    return Ending(x_scale, residual, out_dtype, use_fast_accum, beta)
 
 
 def _check_images(w: Layout, x: Tensor) -> None:
