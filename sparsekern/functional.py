@@ -49,7 +49,7 @@ def linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     use_fast_accum: bool = False,
-    beta: float = 1.0,
+    beta: float | None = None,
 ) -> Tensor:
     """y = act(x_scale * (x W^T) + bias) + beta * residual.
 
@@ -60,18 +60,19 @@ def linear(
     type with a float32 result.
 
     x_scale: the scales of quantised activations, one for each token [...] or [..., 1], or a single one; float32.
-    residual [..., N] in the result's type, times the number beta. out_dtype: the result's type, float32, bfloat16 or
-    float16. use_fast_accum allows Hopper's tensor cores to keep fp8 sums for all of K, in some 14 bits, as
-    torch._scaled_mm's does. One kernel does it all where the backend's can (on a GPU); else torch ends the product,
-    from unrounded sums.
+    residual [..., N] in the result's type, times the number beta (None: 1). out_dtype: the result's type, float32,
+    bfloat16 or float16. use_fast_accum allows Hopper's tensor cores to keep fp8 sums for all of K, in some 14 bits, as
+    torch._scaled_mm's does. One kernel does it all where the backend's can (on a GPU); else torch ends the
+    product, from sums in full precision.
 
     Differentiable in x, values, bias, x_scale and residual, as far as they are no int8 or float8. Raises ValueError for
     shapes, types or devices that do not fit, NotImplementedError where an explicit backend cannot run the call.
     """
     ending = None
     if x_scale is not None or residual is not None or out_dtype is not None or use_fast_accum:
-        ending = Ending(x_scale, residual, out_dtype, use_fast_accum, float(beta))
-    if beta != 1 and residual is None:
+        # A default of 1.0 would be a number that torch.compile takes for one that changes, and compiles for twice.
+        ending = Ending(x_scale, residual, out_dtype, use_fast_accum, 1.0 if beta is None else float(beta))
+    if beta is not None and residual is None:
         raise ValueError(f"beta is what a residual is multiplied by, and there is none; got beta={beta}")
     return linear_layout(layout_of(w), x, bias, activation, backend, ending)
 
@@ -351,7 +352,7 @@ def _check_gradients(w: Layout, x: Tensor) -> None:
 
 def _checked_ending(w: Layout, x: Tensor, ending: Ending) -> Ending:
     """The ending with x_scale [M] and residual [M, N]."""
-    x_scale, residual, out_dtype = ending[:3]
+    x_scale, residual, out_dtype, use_fast_accum, beta = ending  # torch 2.6 traces no slices of it
     lead, n = x.shape[:-1], w.shape[0]
     m = lead[0] if x.dim() == 2 else _count(lead)
     if out_dtype is not None and out_dtype not in (torch.float32, torch.bfloat16, torch.float16, sum_dtype(x)):
@@ -382,7 +383,7 @@ def _checked_ending(w: Layout, x: Tensor, ending: Ending) -> Ending:
                 f"residual is {residual.dtype}, the result {out}: cast it, or pass out_dtype={residual.dtype}"
             )
         residual = residual if x.dim() == 2 else residual.reshape(m, n)
-    return ending._replace(x_scale=x_scale, residual=residual)
+    return Ending(x_scale, residual, out_dtype, use_fast_accum, beta)
 
 
 def _check_images(w: Layout, x: Tensor) -> None:

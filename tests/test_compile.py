@@ -79,6 +79,16 @@ def test_compile_functions(case: Case) -> None:
         x = random_dense(m, K, seed=m)
         assert_close(linear(x), reference_mm(dense, x, bias, "silu"), torch.float32)
     assert frames.frame_count == 1, "another number of tokens must not compile again"
+    more = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    with_residual = torch.compile(
+        lambda x, r: sk.linear(x, w, residual=sk.linear(x, w, residual=r), beta=0.5),
+        fullgraph=True, backend=more, dynamic=True,
+    )  # fmt: skip
+    for m in (5, 2, 33):
+        x, r = random_dense(m, K, seed=m), random_dense(m, N, seed=m + 1)
+        want = 1.5 * reference_mm(dense, x).double() + 0.5 * r
+        assert_close(with_residual(x, r), want, torch.float32)
+    assert more.frame_count == 1
     products = torch.compile(
         lambda x, y: (sk.matmul(y, w), w @ x.transpose(-1, -2), w.t() @ y.transpose(-1, -2)),
         fullgraph=True,
