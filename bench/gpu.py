@@ -21,7 +21,7 @@ from sparsekern.testing import Timing, timing
 from . import gpu_bsr, gpu_calls, gpu_data, gpu_sp24, gpu_stream
 from .cases import Case
 
-Graph = tuple[Any, int]  # a captured torch.cuda.CUDAGraph, and how many calls it holds
+Graph = tuple[Any, int]  # a captured torch.cuda.CUDAGraph (or Eager), and how many calls it holds
 
 
 def run(case: Case, repeats: int) -> dict[str, Any]:
@@ -47,7 +47,8 @@ def broken() -> bool:
 
 
 def products(case: Case, repeats: int) -> dict[str, Any]:
-    """Times on the device. A peer that fails is named with its reason; the others are timed.
+    """Times on the device. A peer that fails is named with its reason; the others are timed, and those that cannot be
+    captured one call after the other ("uncaptured", with the reason).
 
     Beside "sparsekern", which is what a user gets, "sparsekern ..." are other ways of ours to do the same: `best` names
     the fastest of all of them, `ratio` and the bars are those of "sparsekern".
@@ -57,20 +58,44 @@ def products(case: Case, repeats: int) -> dict[str, Any]:
         case.gate(variants)
     graphs: dict[str, Graph] = {}
     failed: dict[str, str] = {}
+    uncaptured: dict[str, str] = {}
     for name, variant in variants.items():
         calls = variant if isinstance(variant, list) else [variant]
         try:
             graphs[name] = captured(calls), len(calls)
-        except Exception as reason:  # it may be a peer that cannot run this at all
+        except Exception as reason:  # it may be a peer that cannot run this at all, or not in a graph
             failed[name] = _words(reason)
-            torch.cuda.synchronize()
-    row: dict[str, Any] = {"failed": failed} if failed else {}
+            if not name.startswith("sparsekern") and runs(calls):
+                graphs[name], uncaptured[name] = (Eager(calls), len(calls)), failed.pop(name)
+    row: dict[str, Any] = {key: found for key, found in (("failed", failed), ("uncaptured", uncaptured)) if found}
     if "sparsekern" not in graphs:
         return row | {"error": failed["sparsekern"]}
     timings = measure(graphs, repeats)
     median = {name: t.median for name, t in timings.items()}
     row["best"] = min((name for name in median if name.startswith("sparsekern")), key=median.__getitem__)
     return row | _results(case, timings)
+
+
+class Eager:
+    """Stands for the graph of calls that cannot be captured. The cache is written over while they are launched."""
+
+    def __init__(self, calls: list[Callable[[], Any]]) -> None:
+        self.calls = calls
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def runs(calls: list[Callable[[], Any]]) -> bool:
+    """Whether the calls work outside of a graph."""
+    try:
+        torch.cuda.synchronize()
+        Eager(calls).replay()
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
 
 
 def launches(case: Case, repeats: int) -> dict[str, Any]:

@@ -160,6 +160,26 @@ def test_measure(monkeypatch: pytest.MonkeyPatch, stand_in: list[int]) -> None:
     assert len({tuple(order[i : i + 2]) for i in range(0, len(order), 2)}) == 2
 
 
+def test_a_peer_that_no_graph_holds_is_timed(monkeypatch: pytest.MonkeyPatch, stand_in: list[int]) -> None:
+    """One call after the other, and the row says so; ours has no such way out."""
+    capture = gpu.captured
+
+    def refusing(calls: list[Any]) -> Any:
+        if calls[0] in refused:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return capture(calls)
+
+    monkeypatch.setattr(gpu, "captured", refusing)
+    variants = right()
+    refused = [variants["dense"]]
+    row = gpu.run(simple("refused", lambda: variants), 2)
+    assert row["ms"]["dense"]["n"] == 2
+    assert "stream is capturing" in row["uncaptured"]["dense"]
+    assert "failed" not in row
+    refused[:] = [variants["sparsekern"]]
+    assert "stream is capturing" in gpu.run(simple("refused", lambda: variants), 2)["error"]
+
+
 def simple(name: str, variants: Any, **more: Any) -> Case:
     return Case("gpu_x", {"case": name}, (Bar("dense", 0.5),), variants, **more)
 
