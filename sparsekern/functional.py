@@ -61,7 +61,7 @@ def linear(
     x_scale: the scales of quantised activations, one for each token [...] or [..., 1], or a single one; float32.
     residual [..., N] in the result's type. out_dtype: the result's type, float32, bfloat16 or float16. use_fast_accum
     allows Hopper's tensor cores to keep fp8 sums for all of K, in some 14 bits, as torch._scaled_mm's does. One kernel
-    does it all where the backend's can (sp24, bsr, csr on a GPU); else torch ends the product, from unrounded sums.
+    does it all where the backend's can (sp24 on a GPU); else torch ends the product, from sums in full precision.
 
     Differentiable in x, values, bias, x_scale and residual, as far as they are no int8 or float8. Raises ValueError for
     shapes, types or devices that do not fit, NotImplementedError where an explicit backend cannot run the call.

@@ -1,6 +1,5 @@
-"""The `backend` fixture: a numerics test runs on the oracle, on every instruction set of the host kernels, on the CUDA
-kernels in their emulator, and on the Triton kernels in Triton's interpreter (on a machine with a GPU the CUDA kernels
-run there, and test_bsr_triton.py runs Triton's).
+"""The `backend` fixture: a numerics test runs on the oracle, on every instruction set of the host kernels, and on
+the Triton kernels in Triton's interpreter (on a machine with a GPU test_bsr_triton.py runs them there instead).
 
 A backend that gives a reason why it cannot run a case must raise it when it is asked for by name; such
 refusals are counted and listed at the end of the run, so that nothing is skipped in silence.
@@ -54,7 +53,7 @@ def host_isas() -> list[str]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute: the oracle, the host kernels at one instruction set, CUDA, Triton. Goes through torch.ops."""
+    """One way to compute: the oracle, the host kernels at one instruction set, Triton. Goes through torch.ops."""
 
     name: str
     isa: str | None = None
@@ -96,19 +95,13 @@ BACKENDS = [
     Backend("ref"),
     *(Backend("host", isa) for isa in host_isas()),
     *([Backend("triton")] if _ext.why_not_triton(torch.device("cpu")) is None else []),
-    Backend("cuda"),
 ]
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each way to compute; the GPU kernels on a GPU, else in the emulator under a random schedule."""
-    if request.param.name == "cuda":
-        with running_on_device(request.getfixturevalue("device_module"), SCHEDULES[-1]):
-            yield request.param
-    else:
-        with host_isa(request.param.isa):
-            yield request.param
+    with host_isa(request.param.isa):
+        yield request.param
 
 
 @pytest.fixture(params=[b for b in BACKENDS if b.name == "host"], ids=str)
@@ -120,14 +113,6 @@ def host_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 # On a machine with a GPU the kernels run there; elsewhere in the emulator, under each of its schedules.
 SCHEDULES = ["hardware"] if torch.cuda.is_available() else ["ascending", "descending", "random 1", "random 2"]
-
-
-ON_GPU = SCHEDULES == ["hardware"]
-# What the `cuda` backend is known to do wrong, by test and format ("": every one), until it is put right.
-KNOWN = {
-    ("test_activations_at_the_ends", ""): "csrc/device/numeric.h, Gate: silu(inf) has 0 * inf in it and is NaN",
-    ("test_empty", "sp24"): "sp24/cuda.py: why_not does not know that a weight without columns has no kernel",
-}
 
 
 @pytest.fixture(scope="session")
@@ -189,26 +174,11 @@ def _quiet() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The interpreter is slow: of the tests with the fixture it runs those marked `interpreted`, no others.
-
-    The emulator leaves out those marked `unemulated`.
-    """
+    """The interpreter is slow: of the tests with the fixture it runs those marked `interpreted`, no others."""
 
     def too_slow(item: pytest.Item) -> bool:
         given = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
-        if not isinstance(given, Backend):
-            return False
-        if given.name == "cuda":
-            return not ON_GPU and item.get_closest_marker("unemulated") is not None
-        return given.name == "triton" and item.get_closest_marker("interpreted") is None
-
-    for item in items:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        for (test, format), reason in KNOWN.items():
-            if getattr(params.get("backend"), "name", "") == "cuda" and getattr(item, "originalname", "") == test:
-                case = params.get("case")
-                if not format or getattr(case, "format", "") == format:
-                    item.add_marker(pytest.mark.xfail(reason=reason, strict=False))
+        return isinstance(given, Backend) and given.name == "triton" and item.get_closest_marker("interpreted") is None
 
     slow = [item for item in items if too_slow(item)]
     if slow:

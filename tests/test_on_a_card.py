@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ON_GPU
 from torch import Tensor
 
 from sparsekern import dispatch
@@ -17,7 +16,7 @@ from sparsekern.conv import Geometry, library
 from sparsekern.layout import Layout
 from sparsekern.testing import generator, pack, random_dense, random_weight
 
-pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HALF = torch.bfloat16
 M, N, SIDE = 32, 128, 8
 CONV = Geometry(3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import ALL, FLOATS, FOUR, HALVES, QUANTISED, Case, param
-from conftest import ON_GPU, Backend
+from conftest import Backend
 from torch import Tensor
 
 import sparsekern as sk
@@ -74,7 +74,6 @@ def test_shapes(backend: Backend, case: Case, dtype: torch.dtype) -> None:
 
 @param((*FOUR, Case("bsr", (16, 16)), Case("bsr", (32, 32))))
 @param(FLOATS, "dtype")
-@pytest.mark.unemulated  # test_csr_cuda.py and its like have every M
 def test_every_m(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     """Every number of tokens from 1 to 130. Rows of Y are independent, so one reference serves all."""
     most, n, k = 130, 67, 91
@@ -158,13 +157,10 @@ def test_rows_of_all_lengths(backend: Backend, case: Case, dtype: torch.dtype) -
 @param((torch.float32, torch.bfloat16), "dtype")
 def test_wide(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     """More columns (and, the other way round, rows) than 16 bits can count."""
-    emulated = backend.name == "cuda" and not ON_GPU  # where this takes minutes
-    if emulated and case.format == "bitmap":
-        pytest.skip("on a GPU only")
-    for n, k in ((3, 66_000), (66_000, 3))[: 1 if emulated else 2]:
+    for n, k in ((3, 66_000), (66_000, 3)):
         dense = case.dense(n, k, dtype, 0.05)
         layout = case.pack(dense)
-        for m in (1,) if emulated else (1, 5):
+        for m in (1, 5):
             x, dy = random_dense(m, k, dtype=dtype, seed=1), random_dense(m, n, dtype=dtype, seed=2)
             with poisoned():
                 for name, out, right in products(backend, case, dense, layout, x, dy):
