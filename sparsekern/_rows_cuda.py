@@ -36,7 +36,9 @@ _FILL = 2700  # cycles that a slice of X takes from the second-level cache: what
 _STEP = 10  # cycles of a nonzero where one row is all that a block waits for; beside others it takes one
 
 
-ENDINGS = frozenset(("x_scale", "residual", "out_dtype"))  # what mm takes beside bias and activation (_ending.py)
+ENDINGS = frozenset(
+    ("x_scale", "residual", "out_dtype", "beta")
+)  # what mm takes beside bias and activation (_ending.py)
 
 
 def mm(
@@ -48,8 +50,9 @@ def mm(
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    beta: float = 1.0,
 ) -> Tensor:
-    """Y = act(x_scale * X W^T + bias) + residual: x [M, K] -> [M, N] in out_dtype (None: x's type).
+    """Y = act(x_scale * X W^T + bias) + beta * residual: x [M, K] -> [M, N] in out_dtype (None: x's type).
 
     x_scale: float32 [M], one for each token; residual [M, N] of the output's type.
     """
@@ -71,9 +74,9 @@ def mm(
         0 if residual is None else residual.stride(0),
     )
     if x.shape[0] <= MV_TOKENS:
-        _mv(w, x, out)
+        _mv(w, x, out, beta)
     else:
-        _mm(w, x, out)
+        _mm(w, x, out, beta)
     return y
 
 
@@ -127,7 +130,7 @@ def sddmm(w: Rows, dy: Tensor, x: Tensor) -> Tensor:
     return out if splits == 1 else sums.sum(0).to(out.dtype)
 
 
-def _mm(w: Rows, x: Tensor, out: tuple[int, ...]) -> None:
+def _mm(w: Rows, x: Tensor, out: tuple[int, ...], beta: float) -> None:
     (n, k), m = w.shape, x.shape[0]
     module, dtype = cuda(), DTYPES[x.dtype]
     topology, values = _topology(w), aligned(w.values)
@@ -157,13 +160,14 @@ def _mm(w: Rows, x: Tensor, out: tuple[int, ...]) -> None:
         k,
         0 if panels is None else panels.pointer,
         out,
+        beta,
         partials.data_ptr(),
         counters.data_ptr(),
         stream_of(x),
     )
 
 
-def _mv(w: Rows, x: Tensor, out: tuple[int, ...]) -> None:
+def _mv(w: Rows, x: Tensor, out: tuple[int, ...], beta: float) -> None:
     (n, k), m = w.shape, x.shape[0]
     near = k <= 256 or w.col.shape[0] >= _DISTANCES * n * k
     values, units = aligned(w.values), _units(w, near)
@@ -190,6 +194,7 @@ def _mv(w: Rows, x: Tensor, out: tuple[int, ...]) -> None:
         x.data_ptr(),
         x.stride(0),
         out,
+        beta,
         max(1, min(2 * multiprocessors(x.device), -(-units.units.shape[0] // 64))),
         partials.data_ptr(),
         counters.data_ptr(),

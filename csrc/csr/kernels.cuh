@@ -34,6 +34,7 @@ struct Out {  // what the sums become (device/epilogue.h); 0 where there is no b
     uint64_t y, bias, x_scale, residual;
     int64_t y_stride, residual_stride;
     int type, bias_type, activation;
+    float beta = 1.0f;  // of the residual
 };
 
 struct PanelsCall {

@@ -45,7 +45,8 @@ inline device::Epilogue epilogue(const Out& out) {
     e.bias = pointer<const void>(out.bias);
     e.residual = pointer<const void>(out.residual);
     e.residual_stride = out.residual_stride;
-    e.alpha = e.beta = 1.0f;
+    e.alpha = 1.0f;
+    e.beta = out.beta;
     e.bias_type = static_cast<Type>(out.bias_type);
     e.out_type = static_cast<Type>(out.type);
     e.activation = static_cast<device::Activation>(out.activation);

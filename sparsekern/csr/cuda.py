@@ -31,9 +31,12 @@ def mm(
     x_scale: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    beta: float = 1.0,
 ) -> Tensor:
-    """Y = act(x_scale * X W^T + bias) + residual: x [M, K] -> [M, N] in out_dtype (None: x's type)."""
-    return _rows_cuda.mm(layout, x, bias, activation, x_scale=x_scale, residual=residual, out_dtype=out_dtype)
+    """Y = act(x_scale * X W^T + bias) + beta * residual: x [M, K] -> [M, N] in out_dtype (None: x's type)."""
+    return _rows_cuda.mm(
+        layout, x, bias, activation, x_scale=x_scale, residual=residual, out_dtype=out_dtype, beta=beta
+    )
 
 
 def mm_t(layout: Csr, dy: Tensor) -> Tensor:
