@@ -95,6 +95,15 @@ def test_activations(emulated_once: ModuleType, activation: str, m: int) -> None
     check_products(weight(35, 100, 0.6, torch.bfloat16), m, activation=activation)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("m", [1, 4, 9])
+def test_a_scaled_residual(emulated_once: ModuleType, m: int, dtype: torch.dtype) -> None:
+    w, residual = weight(35, 100, 0.6, dtype), view(m, 35, torch.float32, 4)
+    x, words = view(m, 100, dtype, 1), {"out_dtype": torch.float32, "beta": -0.5}
+    got = cuda.mm(pack(w), x, None, "relu", residual=residual, **words)
+    assert_near(got, (x.double() @ w.double().t()).relu() - 0.5 * residual.double())
+
+
 @pytest.mark.parametrize("m", [2, 40])
 def test_skewed_rows(emulated: ModuleType, processors: int, m: int) -> None:
     """One full row among nearly empty ones, and rows whose lengths fall as a power law."""

@@ -47,31 +47,32 @@ void bind_csr_cuda(py::module_& m) {
     m.def("csr_panels", [](int type, uint64_t x, int64_t stride, int m, int columns, uint64_t panels, uint64_t stream) {
         sk::csr::panels({type, x, panels, stream, stride, m, columns});
     });
-    m.def("csr_mm", [](int kernel, int type, uint64_t values, int64_t nnz, uint64_t offsets, uint64_t starts,
-                       uint64_t order, uint64_t items, int items_count, int m, int n, int k, uint64_t panels,
-                       const std::array<int64_t, 9>& out, float beta, uint64_t partials, uint64_t counters, uint64_t stream) {
-        mm({.kernel = kernel,
-            .type = type,
-            .values = values,
-            .offsets = offsets,
-            .starts = starts,
-            .order = order,
-            .items = items,
-            .panels = panels,
-            .partials = partials,
-            .counters = counters,
-            .stream = stream,
-            .nnz = nnz,
-            .m = m,
-            .n = n,
-            .k = k,
-            .items_count = items_count,
-            .out = out_of(out, beta)});
-    });
+    m.def("csr_mm",
+          [](int kernel, int type, uint64_t values, int64_t nnz, uint64_t offsets, uint64_t starts, uint64_t order,
+             uint64_t items, int items_count, int m, int n, int k, uint64_t panels, const std::array<int64_t, 9>& out,
+             float beta, uint64_t partials, uint64_t counters, uint64_t stream) {
+              mm({.kernel = kernel,
+                  .type = type,
+                  .values = values,
+                  .offsets = offsets,
+                  .starts = starts,
+                  .order = order,
+                  .items = items,
+                  .panels = panels,
+                  .partials = partials,
+                  .counters = counters,
+                  .stream = stream,
+                  .nnz = nnz,
+                  .m = m,
+                  .n = n,
+                  .k = k,
+                  .items_count = items_count,
+                  .out = out_of(out, beta)});
+          });
     m.def("csr_mv", [](int kernel, int type, uint64_t values, int64_t nnz, uint64_t distances, uint64_t short_columns,
                        uint64_t columns, uint64_t units, int units_count, uint64_t splits, int m, int n, int k,
-                       uint64_t x, int64_t x_stride, const std::array<int64_t, 9>& out, float beta, int workers, uint64_t partials,
-                       uint64_t counters, uint64_t stream) {
+                       uint64_t x, int64_t x_stride, const std::array<int64_t, 9>& out, float beta, int workers,
+                       uint64_t partials, uint64_t counters, uint64_t stream) {
         mv({.kernel = kernel,
             .type = type,
             .values = values,
