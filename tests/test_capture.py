@@ -203,12 +203,16 @@ def test_kept_tensors_are_overwritten_in_every_mode() -> None:
 
 
 def test_workspaces(graph: Graph) -> None:
-    """Calls outside of graphs share a set on a stream; one that is captured has its own, zeroed by its graph."""
+    """Calls outside of graphs share a set on a stream; one that is captured has its own, of zeros that are there."""
     x = torch.zeros(1)
+    _workspace._reserve.cache_clear()
+    _workspace._workspace.cache_clear()
+    with graph:
+        assert _workspace.workspace(x, 1, 3, stream=1)[1].tolist() == [0] * 3  # no call outside of graphs so far
     mine = _workspace.workspace(x, 100, 10, stream=1)
     assert [a.data_ptr() for a in _workspace.workspace(x, 50, 5, stream=1)] == [t.data_ptr() for t in mine]
     assert _workspace.workspace(x, 50, 5, stream=2)[1].data_ptr() != mine[1].data_ptr()
-    with graph:
+    with graph, mock.patch.object(torch, "zeros", side_effect=AssertionError("a node of the graph")):
         sets = [_workspace.workspace(x, 200, 10, stream=1) for _ in range(2)]
     assert len({t.data_ptr() for pair in (*sets, mine) for t in pair}) == 6
     assert all(not counters.any() and counters.dtype == torch.int32 for _, counters in sets)
@@ -219,6 +223,23 @@ def test_workspaces(graph: Graph) -> None:
     assert grown[0].numel() >= 1000
     assert grown[1].numel() >= 10000
     assert not grown[1].any()
+
+
+def test_the_reserve_of_zeros(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What captured calls have taken stays theirs; calls outside of graphs fill it up, and a graph helps itself."""
+    monkeypatch.setattr(_workspace._Reserve, "SIZE", 16)
+    _workspace._reserve.cache_clear()
+    _workspace._workspace.cache_clear()
+    x, seen = torch.zeros(1), []
+    for _ in range(5):
+        _workspace.workspace(x, 1, 1, stream=1)
+        with graph:
+            seen += [_workspace.workspace(x, 1, 6, stream=1)[1] for _ in range(4)]
+    places = [t.data_ptr() + 4 * i for t in seen for i in range(6)]
+    assert len(set(places)) == len(places)
+    assert not any(t.any() for t in seen)
+    _workspace._reserve.cache_clear()
+    _workspace._workspace.cache_clear()
 
 
 def test_whether_a_mask_is_transposable_is_not_asked_in_a_graph(graph: Graph) -> None:
