@@ -195,4 +195,6 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "gpu_csr_conv": gpu_stream.csr_conv,
     "gpu_sp24_gradients": gpu_sp24.gradients,
     "gpu_bsr_training": gpu_bsr.training,
+    "gpu_rates": gpu_sp24.rates,
+    "gpu_bsr_configurations": gpu_bsr.configurations,
 }

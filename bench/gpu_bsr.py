@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import astuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import sparsekern as sk
+from sparsekern import _ext
 from sparsekern._library import MM, MM_T, SDDMM
 from sparsekern.bsr import Bsr
+from sparsekern.bsr import triton as launcher
+from sparsekern.bsr.config import candidates
 from sparsekern.conv import weight_of
 from sparsekern.nn import SparseConv2d
 
@@ -48,6 +53,33 @@ def mm() -> Iterator[Case]:
                     bars = (Bar("dense", round(share / (1 - sparsity), 2)), Bar("torch BSR", 1.2))
                     params = {"shape": f"{n}x{k}", "block": block, "M": m, "sparsity": sparsity, "dtype": "bfloat16"}
                     yield Case("gpu_bsr_mm", params, bars, lambda size=size: linear(*size), gate=GATE)
+
+
+def configurations() -> Iterator[Case]:
+    """Every configuration that the rule may take, for the shapes above: what the rule is to be fitted to."""
+    for n, k in MANY:
+        for block in BLOCKS:
+
+            def make(n: int = n, k: int = k, block: int = block) -> Variants:
+                m = MANY_TOKENS[0]
+                weight, x = gpu_data.weight(n, k, DTYPE, 0.25, block), normal(m, k, dtype=DTYPE)
+                layout = sk.to_block_sparse(weight, block).packed
+                card = (_ext.capability(x.device), _ext.multiprocessors(x.device))
+                found = candidates("mm", m, n, k, layout.block, DTYPE, 0.25, *card)
+                runs: Variants = {
+                    "sparsekern " + " ".join(str(int(v)) for v in astuple(how)): partial(
+                        launcher.mm, layout, x, None, "none", how=how
+                    )
+                    for how in found
+                }
+                return (
+                    {"sparsekern": lambda: launcher.mm(layout, x, None, "none")}
+                    | runs
+                    | {"dense": lambda: F.linear(x, weight)}
+                )
+
+            params = {"shape": f"{n}x{k}", "block": block, "M": MANY_TOKENS[0], "sparsity": 0.75, "dtype": "bfloat16"}
+            yield Case("gpu_bsr_configurations", params, (), make, gate=GATE)
 
 
 def decode() -> Iterator[Case]:

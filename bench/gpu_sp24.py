@@ -5,8 +5,10 @@ Of ours every legal choice of kernel is timed beside the heuristic's.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -59,12 +61,23 @@ def linear(group: str, m: int, n: int, k: int, bars: dict[str, float], dtype: to
     return Case(group, params, tuple(Bar(*bar) for bar in bars.items()), make, gate=gate)
 
 
+def about(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """What `candidates` asks of the card that x lies on."""
+    device = x.device
+    return {
+        "capability": _ext.capability(device),
+        "processors": _ext.multiprocessors(device),
+        "code": _ext.code_on(device),
+        "resident": sp24_cuda._resident(_ext.CUDA_DTYPES[dtype], x.get_device()),
+    }
+
+
 def ours(packed: list[Any], x: Tensor, **options: Any) -> dict[str, list[Call]]:
     """The heuristic's call, and every legal choice by its kernel's name."""
     layout, m = packed[0], x.shape[0]
     n, k = layout.shape
     table = sp24_cuda.kernels(_ext.CUDA_DTYPES[layout.values.dtype])
-    card = {"capability": _ext.capability(x.device), "processors": _ext.multiprocessors(x.device), "aligned": True}
+    card = about(x, layout.values.dtype) | {"aligned": True}
     card["fp8"] = layout.values.dtype == FP8
     card["fast_accum"] = options.get("use_fast_accum", False)
     found = config.candidates(table, m, n, -(-k // fragments.block_k(layout.values.dtype)), **card)
@@ -217,7 +230,7 @@ def conv() -> Iterator[Case]:
             x = normal(IMAGES, channels, side, side, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
             variants: dict[str, Any] = {"sparsekern": lambda: sparse(x)}
             table, layout = sp24_cuda.kernels(_ext.CUDA_DTYPES[x.dtype]), cast(Any, sparse.packed)
-            card = {"capability": _ext.capability(x.device), "processors": _ext.multiprocessors(x.device)}
+            card = about(x, x.dtype)
             shape = (IMAGES * side * side, channels, -(-9 * channels // fragments.block_k(x.dtype)))
             for how in config.candidates(table, *shape, **card, aligned=True, images=True)[:10]:
                 variants[name_of(how, table)] = lambda how=how: convolution.conv2d(
@@ -244,3 +257,42 @@ def ceilings() -> Iterator[Case]:
         return {"sparsekern": lambda: a @ b}
 
     yield Case("gpu_ceilings", {"what": f"dense bf16 {MULTIPLIED}^3"}, (), product)
+
+
+ROUNDS = 2000
+
+
+def rates() -> Iterator[Case]:
+    """Sparse wgmma alone, A from registers (as our kernels have it) and from shared memory; zeros, and no copies.
+
+    ROUNDS times eight products of 64 x 256 x 64 bytes for each of two warpgroups on every multiprocessor.
+    """
+    for dtype in (torch.bfloat16, torch.int8, FP8):
+
+        def make(dtype: torch.dtype = dtype) -> dict[str, Any]:
+            kind, device = _ext.CUDA_DTYPES[dtype], torch.device(gpu_data.DEVICE)
+            out = torch.empty(_ext.multiprocessors(device), 256, 128, dtype=torch.int32, device=device)
+            run = probes().probe_rate
+
+            def call(shared: bool) -> Tensor:
+                run(kind, shared, len(out), ROUNDS, out.data_ptr(), _ext.stream_of(out))
+                return out
+
+            return {"sparsekern": lambda: call(False), "A in shared memory": lambda: call(True)}
+
+        operations = 2 * ROUNDS * 8 * 2 * 64 * 256 * 64 // dtype.itemsize
+        what = {"what": "wgmma.sp m64n256", "dtype": str(dtype).removeprefix("torch."), "operations per SM": operations}
+        yield Case("gpu_rates", what, (), make)
+
+
+def probes() -> Any:
+    """Single instructions (tests/emulator/probes.cu), built by nvcc where they are not emulated."""
+    if hasattr(_ext.cuda(), "probe_rate"):
+        return _ext.cuda()
+    place = Path(__file__).resolve().parent.parent / "tests" / "emulator" / "build.py"
+    spec = importlib.util.spec_from_file_location("emulator_build", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build_probes()

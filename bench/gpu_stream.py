@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-from unittest import mock
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor
 import sparsekern as sk
 from sparsekern import bitmap as bits_of
 from sparsekern import csr as rows_of
-from sparsekern.conv import rows_cuda
+from sparsekern.conv import Geometry, rows_cuda
 from sparsekern.nn import SparseConv2d
 
 from . import gpu_data
@@ -115,8 +114,8 @@ def csr_conv() -> Iterator[Case]:
                     x = normal(IMAGES, c, side, side, dtype=dtype).to(memory_format=order)
 
                     def direct() -> Tensor:
-                        with mock.patch.object(rows_cuda, "worth_it", return_value=True):
-                            return sparse(x)
+                        geometry = cast(Geometry, sparse.geometry)
+                        return rows_cuda.conv2d(sparse.packed, x, None, geometry, "none", direct=True)
 
                     def under(call: Any) -> Any:
                         def run() -> Tensor:

@@ -41,7 +41,7 @@ class _Kept:
 
     __slots__ = ("changed", "made", "unseen", "version")
 
-    def __init__(self, version: int | None, made: Any) -> None:
+    def __init__(self, version: Hashable, made: Any) -> None:
         self.version, self.made = version, made
         self.changed = self.unseen = False
 
@@ -53,15 +53,16 @@ def plan(
     again: Callable[[Any], Any] | None = None,
     *,
     live: bool = False,
+    also: Tensor | None = None,
 ) -> Any:
     """`make()`, remembered for this tensor's storage, view and version under `key`.
 
     After an in-place change it is made anew, or, where `again` is given, brought up to date by `again(old)`: a CUDA
     graph that was captured with the old plan's memory then reads the new contents. live: the plan is the tensor's
     contents in another form, and a graph can hold the work of `make` and `again`, which wait for nothing; see above.
+    also: another tensor whose in-place changes count, too (its address belongs into the key).
     """
-    # Without a version counter its owner promised not to change it.
-    version = -1 if tensor.is_inference() else tensor._version
+    version = _version(tensor, also)
     storage = tensor.untyped_storage()
     known = getattr(storage, _ATTRIBUTE, None)
     if known is None:
@@ -89,11 +90,17 @@ def plan(
     return made
 
 
-def keep(tensor: Tensor, key: Hashable, made: Any) -> None:
+def _version(tensor: Tensor, also: Tensor | None) -> Hashable:
+    """Without a version counter a tensor's owner promised not to change it."""
+    own = -1 if tensor.is_inference() else tensor._version
+    return own if also is None else (own, -1 if also.is_inference() else also._version)
+
+
+def keep(tensor: Tensor, key: Hashable, made: Any, also: Tensor | None = None) -> None:
     """Remembers a plan that was made together with its tensor: if that was captured, both are the graph's memory."""
     storage = tensor.untyped_storage()
     known = getattr(storage, _ATTRIBUTE, None) or _new(storage)
-    known[key, tensor.storage_offset(), tensor.shape] = _Kept(-1 if tensor.is_inference() else tensor._version, made)
+    known[key, tensor.storage_offset(), tensor.shape] = _Kept(_version(tensor, also), made)
 
 
 def overwrite(old: Tensor, new: Tensor) -> None:

@@ -34,6 +34,7 @@ SMALL: dict[Any, dict[str, Any]] = {
         "IMAGE_SHAPES": ((64, 4), (256, 3)),
         "COPIED": 1 << 10,
         "MULTIPLIED": 16,
+        "ROUNDS": 1,
     },
     gpu_bsr: {
         "DTYPE": torch.float32,  # the interpreter computes bfloat16 wrongly

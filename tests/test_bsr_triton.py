@@ -47,7 +47,7 @@ from sparsekern.testing import (
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _ext.interpreting() else "cpu")
 MISSING = _ext.why_not_triton(DEVICE)
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = [pytest.mark.skipif(MISSING is not None, reason=str(MISSING)), pytest.mark.on_triton]
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 # As the heuristic says; rows cut at every block and tokens in shares; tensor maps; a program a tile.

@@ -177,7 +177,7 @@ def test_product_of_columns(probed: ModuleType, dtype: torch.dtype) -> None:
     assert torch.equal(d_matrix(d, 64).double(), dy.double().t() @ x.double())
 
 
-@pytest.mark.parametrize("position", range(64))
+@pytest.mark.parametrize("position", range(0, 64, 3))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_product_position_by_position(probed: ModuleType, dtype: torch.dtype, position: int) -> None:
     """A single one in A against an identity: the one place of Y that is not zero names the weight's place."""

@@ -89,7 +89,7 @@ def test_quantised(backend: Backend, case: Case, dtype: torch.dtype) -> None:
             y = MM[case.format](*layout.parts, x, None, "gelu", backend.name, scale, residual, out, False)
             assert y.dtype == (out or torch.float32)
             tensor_cores = dtype == FP8 and backend.device == "cuda"  # they keep 14 bits of the sums
-            tol = max(TOLERANCE[y.dtype], 2e-3 if tensor_cores else 0)
+            tol = max(2 * TOLERANCE[y.dtype], 2e-3 if tensor_cores else 0)  # rounded before the residual, and after
             assert_close(y, reference(layout.to_dense(), x, None, "gelu", scale, residual), tol=tol)
 
 

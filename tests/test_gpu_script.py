@@ -30,7 +30,7 @@ STAGES = ("build", "device", "tests", "triton", "sanitize", "bench")
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A project like this one whose tests take no time."""
-    names = [*SCRIPT["ON_CARD"], "test_device", "test_bsr_triton", "test_sp24_cuda"]
+    names = [*SCRIPT["ON_CARD"], "test_device", "test_device_words", "test_bsr_triton", "test_sp24_cuda"]
     made = {f"tests/{name}.py": FINE for name in names}
     made["tests/conftest.py"] = CONFTEST
     made["tests/test_bsr_triton.py"] = f"import pytest\npytestmark = pytest.mark.on_triton\n{FINE}"
@@ -111,7 +111,7 @@ def test_every_stage(tree: Path) -> None:
     seen = cases(tree)
     assert seen["tests.test_sp24_cuda test_it"] == "failure"
     assert seen["test_dies_cuda all of the file"] == "error"
-    assert sum(state == "passed" for state in seen.values()) == len(SCRIPT["ON_CARD"]) + 2
+    assert sum(state == "passed" for state in seen.values()) == len(SCRIPT["ON_CARD"]) + 3
 
 
 def test_what_hangs_is_interrupted_and_told(tree: Path) -> None:
@@ -166,10 +166,12 @@ def test_every_stage_has_its_time() -> None:
 def test_no_test_of_a_card_is_forgotten() -> None:
     """Every test file that uses the kernels, or asks for a card, is run by a stage."""
     uses = re.compile(
-        r"\bemulated(_once)?: |\bdevice_module: |\"emulated\"|torch\.cuda\.is_available|\bON_CARD\b|backend: Backend"
+        r"\b(emulated|emulated_once|probed|device_module): |\"emulated\"|torch\.cuda\.is_available|\bON_CARD\b"
+        r"|backend: Backend"
     )
     instead = {
         "test_device": "its own stage",
+        "test_device_words": "beside it",
         "test_bsr_triton": "the triton stage",
         "test_bench_gpu": "the bench itself",
         "test_default_device": "about tensors of the CPU",

@@ -66,5 +66,6 @@ def test_no_bad_access_and_no_undefined_behaviour() -> None:
 
 def test_what_compute_sanitizer_runs(emulated_once: object) -> None:
     gpu.multiply(step=5)
+    gpu.gradients(step=2)
     gpu.rows(40, 72, (1, 12))
     gpu.planes()

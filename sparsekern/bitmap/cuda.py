@@ -225,8 +225,10 @@ class _Packed:
             self._places(layout, order)
 
     def renew(self, layout: Bitmap, order: fragments.Order) -> None:
-        """New values, in the memory that a captured graph knows, by their places, which are found once."""
-        if self.version == _version(layout.bits):
+        """New values, in the memory that a captured graph knows, by their places, which are found once; or new bits."""
+        if self.version != _version(layout.bits):
+            self.pack(layout, order)
+        else:
             at = self._places(layout, order)
             with torch.no_grad(), torch.inference_mode(self.fragments.records.is_inference()):
                 self.fragments.records.index_copy_(0, at, layout.values.view(torch.int16))
@@ -245,9 +247,8 @@ def _packed(layout: Bitmap, order: fragments.Order) -> _Packed:
         lambda: _Packed(layout, order),
         lambda old: old.renew(layout, order),
         live=True,
+        also=layout.bits,
     )
-    if found.version != _version(layout.bits):
-        found.pack(layout, order)
     return found
 
 

@@ -63,7 +63,7 @@ def _rows_of(layout: Bitmap) -> _rows.Rows:
     n, k = layout.shape
 
     def make() -> tuple[Tensor, Tensor]:
-        col = torch.empty(layout.values.shape, dtype=torch.int32)
+        col = torch.empty(layout.values.shape, dtype=torch.int32, device="cpu")
         bits, offsets = layout.bits.data_ptr(), layout.offsets.data_ptr()
         host().bitmap_columns(bits, offsets, n, k, col.data_ptr(), torch.get_num_threads())
         return layout.offsets.to(torch.int32), col

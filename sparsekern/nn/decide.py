@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -225,14 +225,14 @@ def tune_kernels(trial: Trial, call: Seen) -> None:
             given = (x, geometry)
         if ways is not None:
             with torch.no_grad():
-                ways(module.packed, *given, _seconds)
+                ways(module.packed, *given, partial(_seconds, call.device))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _seconds(device: torch.device, call: Callable[[], Any]) -> float:
     """What a call takes; a glance, since many ways are to be compared."""
     from ..testing import measure as clock
 
-    return clock({"it": call}, repeats=50, warmup=2, seconds=0.05)["it"].median
+    return clock({"it": call}, repeats=50, warmup=2, seconds=0.05, device=device)["it"].median
 
 
 def _by(trial: Trial, backend: str) -> nn.Module:

@@ -198,7 +198,7 @@ class InputNorm:
     """||X_j||_2 of every input feature j over all tokens, [groups, K]; streaming: a sum of squares."""
 
     def __init__(self, order: str = "crs") -> None:
-        self.order, self.squares, self.tokens = order, torch.zeros(()), 0
+        self.order, self.squares, self.tokens = order, torch.zeros((), device="cpu"), 0
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         for rows in input_rows(module, inputs[0], self.order):

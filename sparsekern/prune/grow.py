@@ -81,7 +81,7 @@ class RigL(Schedule):
                 raise ValueError("prune-and-grow needs a sparsity, or a model that has masks")
             share = self.target[name] if isinstance(self.target, Mapping) else self.target
             units = self._pattern.units(oriented(module, torch.ones(mask.mask.shape)))
-            chance = torch.rand(units.numel(), generator=self.generator)
+            chance = torch.rand(units.numel(), generator=self.generator, device="cpu")
             kept = best(chance[None], round((1 - share) * units.numel())).reshape(units.shape)
             shape = tuple(oriented(module, mask.mask).shape)
             set_mask(module, oriented(module, self._pattern.spread(kept, shape)), pattern=self.pattern)
@@ -145,7 +145,7 @@ class RigL(Schedule):
         """How much each unit should be there: its gradient, or chance."""
         if self.grow == "random":
             units = self._pattern.units(oriented(module, mask.mask).float())
-            return torch.rand(units.numel(), generator=self.generator).to(mask.mask.device)
+            return torch.rand(units.numel(), generator=self.generator, device="cpu").to(mask.mask.device)
         if mask.gradient is None:
             raise RuntimeError(
                 f"{name} had no gradient in the step before an update; call schedule.step() once after every "

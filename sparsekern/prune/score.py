@@ -193,7 +193,9 @@ def _random(request: Request, *, seed: int = 0, generator: torch.Generator | Non
     """Uniform in [0, 1) from a seeded generator: the control that every criterion must beat."""
     generator = generator or torch.Generator().manual_seed(seed)
     weights = ((name, weight_of(module)) for name, module in request.layers)
-    return {name: torch.rand(weight.shape, generator=generator).to(weight.device) for name, weight in weights}
+    return {
+        name: torch.rand(weight.shape, generator=generator, device="cpu").to(weight.device) for name, weight in weights
+    }
 
 
 @criterion("fpgm", gives="channel")

@@ -72,7 +72,7 @@ class _Channels:
 
     def __init__(self, activation: Callable[[Tensor], Tensor], function: Callable[[Tensor], Tensor], axis: int) -> None:
         self.activation, self.function, self.axis = activation, function, axis
-        self.sum, self.count = torch.zeros(()), 0
+        self.sum, self.count = torch.zeros((), device="cpu"), 0
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         channels = self.function(self.activation(output.detach())).movedim(self.axis, 0).flatten(1)
@@ -124,7 +124,7 @@ class _Ranks:
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         self.activation = activation
-        self.sum, self.count = torch.zeros(()), 0
+        self.sum, self.count = torch.zeros((), device="cpu"), 0
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         maps = self.activation(output.detach())

@@ -275,6 +275,7 @@ def packed(layout: Sp24) -> Tensor:
         lambda: repack.to_fragments(layout),
         lambda old: repack.to_fragments(layout, old),
         live=True,
+        also=layout.metadata,
     )
 
 
@@ -286,6 +287,7 @@ def packed_t(layout: Sp24) -> Tensor:
         lambda: repack.transpose(layout),
         lambda old: repack.transpose(layout, old),
         live=True,
+        also=layout.metadata,
     )
 
 
@@ -310,15 +312,14 @@ def transposable(layout: Sp24) -> bool:
 
 def adopt(layout: Sp24, weight: Tensor, weight_t: Tensor | None) -> None:
     """Keeps fragments that were made together with a layout, of W and, where its mask is transposable, of W^T."""
-    keep(layout.values, _key("sp24.fragments", layout), weight)
+    keep(layout.values, _key("sp24.fragments", layout), weight, layout.metadata)
     if weight_t is not None:
-        keep(layout.values, _key("sp24.fragments_t", layout), weight_t)
+        keep(layout.values, _key("sp24.fragments_t", layout), weight_t, layout.metadata)
     keep(layout.metadata, ("sp24.transposable", layout.shape), weight_t is not None)
 
 
 def _key(name: str, layout: Sp24) -> tuple[object, ...]:
-    metadata = layout.metadata
-    return name, layout.shape, metadata.data_ptr(), -1 if metadata.is_inference() else metadata._version
+    return name, layout.shape, layout.metadata.data_ptr()
 
 
 @cache

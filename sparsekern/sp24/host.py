@@ -72,12 +72,12 @@ def _topology(layout: Sp24) -> tuple[Tensor, Tensor, Tensor | None]:
     (n, k), stored = layout.shape, layout.values.shape[1]
 
     def make() -> tuple[Tensor, Tensor, Tensor | None]:
-        col = torch.empty((n, stored), dtype=torch.int32)
+        col = torch.empty((n, stored), dtype=torch.int32, device="cpu")
         host().sp24_columns(layout.metadata.data_ptr(), n, k, col.data_ptr(), torch.get_num_threads())
         if 2 * stored == k:
-            return torch.arange(n + 1, dtype=torch.int32) * stored, col.flatten(), None
+            return torch.arange(n + 1, dtype=torch.int32, device="cpu") * stored, col.flatten(), None
         inside = col < k
-        crow = torch.zeros(n + 1, dtype=torch.int32)
+        crow = torch.zeros(n + 1, dtype=torch.int32, device="cpu")
         torch.cumsum(inside.sum(1), 0, out=crow[1:])
         return crow, col[inside], inside.flatten().nonzero().flatten()
 

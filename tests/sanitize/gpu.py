@@ -45,7 +45,10 @@ def multiply(step: int = 1) -> None:
     for dtype in (torch.bfloat16, torch.int8):
         dense = random_dense(330, 4 * 128 // dtype.itemsize)
         packed = sp24.pack((dense * 30).round().to(dtype), prune=True)
-        for number, kernel in list(enumerate(cuda.kernels(CUDA_DTYPES[dtype])))[::step]:
+        found = [
+            pair for pair in enumerate(cuda.kernels(CUDA_DTYPES[dtype])) if pair[1].family in config.FAMILIES["mm"]
+        ]
+        for number, kernel in found[::step]:
             m = min(40, kernel.tokens) if kernel.family == "decode" else 140
             x = (random_dense(m, packed.shape[1]) * 30).round().to(dtype)
             tiles = -(-330 // kernel.rows) * -(-m // kernel.tokens)
@@ -82,7 +85,11 @@ def rows(
                 layout, module = format.pack(dense), csr_cuda if format is csr else bitmap_cuda
                 name = f"{layout.format} {dtype} M={m}"
                 y = module.mm(layout, x, None, "relu")
-                report(f"{name} mm", y, functional.relu(x.float() @ dense.float().t()), 1e-3)
+                want = functional.relu(x.float() @ dense.float().t())
+                report(f"{name} mm", y, want, 1e-3)
+                if format is bitmap:  # the kernels of every card, too
+                    with mock.patch.object(bitmap_cuda, "_orders", return_value=("sm80",)):
+                        report(f"{name} mm sm80", module.mm(layout, x, None, "relu"), want, 1e-3)
                 report(f"{name} mm_t", module.mm_t(layout, dy), dy.float() @ dense.float(), 1e-3)
                 want = layout.sample(dy.float().t() @ x.float())
                 report(f"{name} sddmm", module.sddmm(layout, dy, x), want, 1e-3)
@@ -104,8 +111,29 @@ def planes() -> None:
                 report(f"csr conv2d_input {dtype} {order}", rows_cuda.conv2d_input(layout, dy, g, 9, 7), back, 1e-3)
 
 
+def gradients(step: int = 1) -> None:
+    """The gradients of sp24 on Hopper: every kernel, or every step-th, tiles ragged and cut between workers."""
+    n, k, m = 200, 300, 150
+    packed = sp24.pack(random_dense(n, k).to(torch.bfloat16), prune=True)
+    dense, dtype = packed.unpack(), CUDA_DTYPES[torch.bfloat16]
+    dy, x = (random_dense(m, size, seed=size).to(torch.bfloat16) for size in (n, k))
+    found = [pair for pair in enumerate(cuda.kernels(dtype)) if pair[1].family not in config.FAMILIES["mm"]]
+    for number, kernel in found[::step]:
+        if kernel.family == "mm_t_sm90":
+            rows, columns, call = k, m, lambda: cuda.mm_t(packed, dy)
+            want = dy.float() @ dense.float()
+        else:
+            rows, columns, call = n, k, lambda: cuda.sddmm(packed, dy, x)
+            want = packed.sample(dy.float().t() @ x.float())
+        tiles = -(-rows // kernel.rows) * -(-columns // kernel.tokens)
+        how = config.Choice(number, 2, tiles, tiles, 0.0)
+        with mock.patch.multiple(cuda, _gradient=lambda *_, how=how: how, transposable=lambda _: False):
+            report(f"{number} {kernel.family} {kernel.rows} {kernel.tokens}", call(), want, 1e-2)
+
+
 PARTS: dict[str, Callable[[], None]] = {
     "multiply": multiply,
+    "gradients": gradients,
     "convolve": convolve,
     "csr": partial(rows, formats=(csr,)),
     "bitmap": partial(rows, formats=(bitmap,)),
