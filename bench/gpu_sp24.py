@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,14 +87,8 @@ def ours(packed: list[Any], x: Tensor, **options: Any) -> dict[str, list[Call]]:
 
     runs = {"sparsekern": calls(None)}
     for choice in found[:10]:
-        runs[name_of(choice, table)] = calls(choice)
+        runs[f"sparsekern {choice.described(table)}"] = calls(choice)
     return runs
-
-
-def name_of(how: config.Choice, table: Sequence[config.Kernel]) -> str:
-    kernel = table[how.kernel]
-    name = f"sparsekern {how.kernel} {kernel.family} {kernel.rows}x{kernel.tokens} cluster {kernel.cluster}"
-    return f"{name}, {how.workers} workers, {how.streamed} of {how.tiles} streamed"
 
 
 def cusparselt(weights: list[Tensor], x: Tensor, out: torch.dtype | None = None) -> dict[str, Any]:
@@ -233,7 +227,7 @@ def conv() -> Iterator[Case]:
             card = about(x, x.dtype)
             shape = (IMAGES * side * side, channels, -(-9 * channels // fragments.block_k(x.dtype)))
             for how in config.candidates(table, *shape, **card, aligned=True, images=True)[:10]:
-                variants[name_of(how, table)] = lambda how=how: convolution.conv2d(
+                variants[f"sparsekern {how.described(table)}"] = lambda how=how: convolution.conv2d(
                     layout, x, None, cast(Any, sparse.geometry), "none", how
                 )
             return variants | {"dense": lambda: dense(x)}

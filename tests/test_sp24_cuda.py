@@ -392,14 +392,21 @@ def test_every_choice_is_legal(device_module: ModuleType, card: int) -> None:
 
 
 def test_choices_of_a_hopper(device_module: ModuleType) -> None:
-    kernels = [config.Kernel(*row) for row in device_module.sp24_kernels(1)]
-
-    def family(m: int, n: int, k: int) -> str:
-        found = config.candidates(kernels, m, n, k // 64, capability=90, processors=132, aligned=True)
-        return kernels[found[0].kernel].family
-
-    assert {family(m, 8192, 8192) for m in (1, 4, 16)} == {"decode"}
-    assert {family(m, n, k) for m in (256, 2048, 8192) for n, k in ((4096, 4096), (14336, 4096))} == {"mm_sm90"}
+    """Printed for the layers of the benches (run with -rP): few tokens decode, many take Hopper's own kernels."""
+    for dtype in (torch.bfloat16, torch.int8, FP8):
+        kernels = table(device_module, CUDA_DTYPES[dtype])
+        for n, k in ((4096, 4096), (8192, 8192), (27648, 5120), (5120, 13824), (14336, 4096)):
+            for m in (1, 4, 16, 64, 256, 512, 2048, 8192):
+                given = {"capability": 90, "processors": 132, "aligned": True, "fp8": dtype == FP8}
+                best = config.candidates(kernels, m, n, k // fragments.block_k(dtype), **given)[0]
+                line = best.described(kernels)
+                print(f"{dtype!s:20} {n:6} x {k:6} M={m:5}: {line}")
+                family = kernels[best.kernel].family
+                assert line.startswith(f"{best.kernel} {family} ")
+                if dtype != FP8 and m <= 16 and n == k == 8192:
+                    assert family == "decode"
+                if m >= 256 or dtype == FP8:
+                    assert family == "mm_sm90"
 
 
 def table(module: ModuleType, dtype: int) -> list[config.Kernel]:

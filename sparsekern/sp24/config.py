@@ -9,12 +9,8 @@ from typing import NamedTuple
 BLOCK_ROWS = 64
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may have, by architecture
 # The cost model: cycles of one processor. Estimates from the data sheets of Hopper, to be replaced by measurements.
-RATES = {
-    "mm_sm90": 1.0,
-    "mm_sm80": 0.5,
-    "mm_t_sm90": 0.5,
-    "sddmm_sm90": 0.5,
-}  # share of the sparse tensor cores' peak, 4096 multiply-adds of W a cycle
+# Share of the sparse tensor cores' peak, 4096 multiply-adds of W a cycle.
+RATES = {"mm_sm90": 1.0, "mm_sm80": 0.5, "mm_t_sm90": 0.5, "sddmm_sm90": 0.5}
 MEMORY, CACHE = 15.0, 30.0  # bytes a cycle that a processor gets from device memory and from the second level
 LAUNCH = 3000.0
 FAMILIES = {"mm": ("mm_sm90", "mm_sm80", "decode"), "mm_t": ("mm_t_sm90",), "sddmm": ("sddmm_sm90",)}
@@ -44,6 +40,12 @@ class Choice:
     streamed: int
     tiles: int
     cost: float  # in no unit; for comparing
+
+    def described(self, kernels: Sequence[Kernel]) -> str:
+        """The choice as a line of a table."""
+        kernel = kernels[self.kernel]
+        tile = f"{self.kernel} {kernel.family} {kernel.rows}x{kernel.tokens} cluster {kernel.cluster}"
+        return f"{tile}, {self.workers} workers, {self.streamed} of {self.tiles} streamed"
 
 
 def candidates(
