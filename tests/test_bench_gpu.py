@@ -1,4 +1,4 @@
-"""The benches of a GPU without one: every case is made and called once on small shapes, by emulated and interpreted
+"""The benches of a GPU without one: cases of every group are made and called on small shapes, by emulated and interpreted
 kernels; what a run keeps when cases fail or its time ends."""
 
 from __future__ import annotations
@@ -109,13 +109,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("group", gpu.GROUPS)
-def test_every_case(group: str, emulated_once: Any, stand_in: list[int], small: None) -> None:
+def test_cases(group: str, emulated_once: Any, stand_in: list[int], small: None) -> None:
+    """All names of a group, and four of its cases from first to last, made and called."""
     if "bsr" in group and _ext.why_not_triton(torch.device("cpu")) is not None:
         pytest.skip("no Triton interpreter")
     made = list(gpu.GROUPS[group]())
     assert made
     assert len({case.name for case in made}) == len(made)
-    for case in made:
+    for case in made[:: -(-len(made) // 4)]:
         assert case.group == group
         row = gpu.run(case, 1)
         assert "error" not in row, f"{case.name}: {row['error']}"

@@ -180,12 +180,8 @@ OTHERS = [  # unit, operand type, architecture, what multiplies (None: not the t
     ("sp24/launch_sm80.cu", 3, "86", r"IMMA\.SP"),
     ("sp24/launch_sm80.cu", 4, "89", r"QMMA\.SP"),
     ("sp24/launch_sm80.cu", 4, "120", r"QMMA\.SP"),
-    ("sp24/launch_sm80.cu", 2, "100", r"HMMA\.SP"),
-    ("sp24/launch_pack.cu", 1, "80", None),
     ("bitmap/launch.cu", 0, "80", r"HMMA\.16816"),
-    ("bitmap/launch.cu", 0, "120", r"HMMA\.16816"),
     ("csr/launch.cu", 0, "80", None),
-    ("csr/launch_conv.cu", 0, "89", None),
 ]
 
 
