@@ -1,5 +1,5 @@
-"""The benches of a GPU without one: cases of every group are made and called on small shapes, by emulated and interpreted
-kernels; what a run keeps when cases fail or its time ends."""
+"""The benches of a GPU without one: cases of every group are made and called on small shapes, by emulated and
+interpreted kernels; what a run keeps when cases fail or its time ends."""
 
 from __future__ import annotations
 
